@@ -1,0 +1,79 @@
+"""The command line: parse, then import what the command needs. `--help` loads neither torch nor ray."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from spin_ray.config import Config, flatten, load_config
+from spin_ray.errors import BadInput
+
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="spin-ray", description="Self-play fine-tuning (SPIN) as one Ray job.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (function, help_text) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("config", help="YAML file, for example conf/demo.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's, for example spin.beta=0.1")
+        command.set_defaults(function=function)
+    args = parser.parse_args(argv)
+    try:
+        config, origin = load_config(args.config, args.overrides)
+        args.function(config, origin)
+    except Exception as error:
+        message = _users_fault(error)
+        if message is None:
+            raise
+        print(f"spin-ray: {message}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def _users_fault(error: Exception) -> str | None:
+    """The one line for the user if, under Ray's wrappings, the error is theirs to fix."""
+    if isinstance(error, BadInput):
+        return str(error)
+    from spin_ray.system import first_error
+
+    cause = first_error(error)
+    return str(cause) if isinstance(cause, BadInput) else None
+
+
+def _run(config: Config, origin: dict[str, str]) -> None:
+    from spin_ray.selfplay import run_spin
+
+    run_spin(config)
+
+
+def _sft(config: Config, origin: dict[str, str]) -> None:
+    from spin_ray.sft import run_sft
+
+    run_sft(config)
+
+
+def _eval(config: Config, origin: dict[str, str]) -> None:
+    from spin_ray.evaluation import run_eval
+
+    run_eval(config)
+
+
+def _config(config: Config, origin: dict[str, str]) -> None:
+    values = flatten(config)
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"{key:<{width}}  {value!s:<24}  {origin[key]}")
+
+
+COMMANDS: dict[str, tuple[Callable[[Config, dict[str, str]], None], str]] = {
+    "run": (_run, "Play SPIN: all iterations, or what is left of them."),
+    "sft": (_sft, "Supervised fine-tuning of a base model on the same data: what SPIN starts from."),
+    "eval": (_eval, "Evaluate the model of the config on its held-out data."),
+    "config": (_config, "Print the resolved config and where each value came from."),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

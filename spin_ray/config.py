@@ -1,0 +1,352 @@
+"""Every setting of a run: names, types, defaults and what they mean. YAML files hold only what differs.
+
+The only file that touches OmegaConf. A config is read once, checked, saved with the run and never written again.
+Importing this module imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spin_ray.errors import BadInput
+
+
+@dataclass
+class RunConfig:
+    name: str = "spin"
+    """Name of the run: its folder and its W&B run."""
+    dir: str = "runs"
+    """Folder that holds the run's folder; on several nodes a path they all see."""
+    seed: int = 0
+    """Seed of the order of the data and of the sampler."""
+    max_steps: int = 0
+    """Stop every iteration after this many optimizer steps, to try a config out; 0: no limit."""
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING
+    """Folder of a Hugging Face model with its tokenizer, a hub name, or demo:sft / demo:base."""
+    dtype: str = "auto"
+    """Weights in sampler and learner's forward: float32, bfloat16, or auto (bfloat16 on GPUs, else float32)."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model."""
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING
+    """SFT data: .jsonl, .json, .parquet, a folder saved by `datasets`, a hub data set name, or demo:train."""
+    eval: str = ""
+    """Held-out data in any of these forms, or demo:heldout; empty: no evaluation."""
+    split: str = "train"
+    """Split to read of a hub data set."""
+    turns: str = "last"
+    """Which assistant turns of a dialogue become y: last, first or all. The prompt is everything before that turn."""
+    max_prompts: int = 0
+    """Train on this many prompts, drawn with the run's seed; 0: all."""
+    max_eval_prompts: int = 500
+    """Evaluate on this many prompts; 0: all."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens."""
+    max_answer_tokens: int = 1024
+    """Longest real answer, in tokens with its end-of-turn token."""
+    long_rows: str = "drop"
+    """Rows past these lengths: drop (and count) or refuse. A row is never cut."""
+    bad_rows: str = "refuse"
+    """Rows without a usable answer: refuse, or drop (and count)."""
+    duplicate_rows: str = "drop"
+    """Rows with the prompt and the answer of an earlier row: drop (and count) or keep (and count)."""
+
+
+@dataclass
+class SpinConfig:
+    num_iterations: int = 4
+    """T of Algorithm 1."""
+    num_epochs: int = 2
+    """Passes over the pairs of an iteration."""
+    beta: Any = 0.1
+    """The paper's lambda: scale of the log-ratio margin; one value, or one per iteration."""
+    lr: Any = 5e-7
+    """Peak learning rate; one value, or one per iteration."""
+    replay: bool = True
+    """From iteration 1 on also train on the pairs of the iteration before, re-scored by the present opponent (paper, section 6.1)."""
+    loss: str = "logistic"
+    """The paper's l: logistic, hinge, exponential or correlation."""
+    nll_weight: float = 0.0
+    """Weight of an added negative log-likelihood of y, per token (Iterative RPO, arXiv 2404.19733); 0 is the paper."""
+
+
+@dataclass
+class SftConfig:
+    """Only for the command `sft`."""
+
+    num_epochs: int = 1
+    lr: float = 2e-5
+
+
+@dataclass
+class SamplerConfig:
+    num_replicas: int = 1
+    """Opponent sampler actors, each with an engine of its own."""
+    tensor_parallel_size: int = 1
+    """GPUs that share one replica's model."""
+    gpus_per_replica: int | None = None
+    """None: tensor_parallel_size when the cluster has GPUs, else 0."""
+    cpus_per_replica: float = 0.5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    """Longest generated answer, in tokens."""
+    block_prompts: int = 64
+    """Prompts in one block: the unit of work, of durability and of streaming."""
+    max_num_seqs: int = 256
+    """Answers that one engine writes at the same time."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory for the engine."""
+
+
+@dataclass
+class LearnerConfig:
+    num_workers: int = 1
+    """Ray Train workers of the main player."""
+    gpus_per_worker: int | None = None
+    """None: 1 when the cluster has GPUs, else 0."""
+    cpus_per_worker: float = 0.5
+    batch_pairs: int = 64
+    """Pairs in one optimizer step, over all workers."""
+    pack_tokens: int = 8192
+    """Token budget of one micro-batch; a longer single pair still gets a micro-batch of its own."""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    optimizer: str = "rmsprop"
+    """rmsprop (the paper's) or adamw."""
+    weight_decay: float = 0.0
+    warmup_fraction: float = 0.1
+    """Share of an iteration's steps in which the learning rate rises; it then falls linearly to 0."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    activation_checkpointing: bool = False
+    """Recompute the layers' activations in the backward pass."""
+    share_prompt: bool = True
+    """Compute the prompt of y and y' once, where the attention backend can."""
+
+
+@dataclass
+class ReferenceConfig:
+    scorer: str = "opponent"
+    """Who computes the reference log-probs: opponent (the sampler, while it samples)."""
+
+
+@dataclass
+class OverlapConfig:
+    mode: str = "stream"
+    """stream: train on the first finished block while later ones are sampled; sequential: sample all, then train."""
+
+
+@dataclass
+class AuditConfig:
+    num_prompts: int = 16
+    """Prompts on which sampler and learner are compared after every weight sync."""
+    tolerance: float = 0.0
+    """Largest mean |difference| of log-probs per token, in nats, before the run stops; 0: by dtype."""
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "offline"
+    """online, offline or disabled; the environment's WANDB_MODE wins."""
+    project: str = "spin_ray"
+    entity: str = ""
+
+
+@dataclass
+class TrackingConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    log_every_steps: int = 1
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    spin: SpinConfig = field(default_factory=SpinConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run.dir).expanduser().absolute() / self.run.name
+
+    def beta(self, iteration: int) -> float:
+        return _one_of(self.spin.beta, iteration)
+
+    def lr(self, iteration: int) -> float:
+        return _one_of(self.spin.lr, iteration)
+
+
+CHOICES = {
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "data.turns": ("last", "first", "all"),
+    "data.long_rows": ("drop", "refuse"),
+    "data.bad_rows": ("refuse", "drop"),
+    "data.duplicate_rows": ("drop", "keep"),
+    "spin.loss": ("logistic", "hinge", "exponential", "correlation"),
+    "learner.zero_stage": (0, 1, 2, 3),
+    "learner.optimizer": ("rmsprop", "adamw"),
+    "reference.scorer": ("opponent",),
+    "overlap.mode": ("stream", "sequential"),
+    "tracking.wandb.mode": ("online", "offline", "disabled"),
+}
+AT_LEAST_ONE = (
+    "data.max_prompt_tokens", "data.max_answer_tokens", "spin.num_iterations", "spin.num_epochs", "sft.num_epochs",
+    "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.max_new_tokens", "sampler.block_prompts",
+    "sampler.max_num_seqs", "learner.num_workers", "learner.batch_pairs", "learner.pack_tokens", "audit.num_prompts",
+    "tracking.log_every_steps",
+)
+NOT_NEGATIVE = (
+    "run.max_steps", "data.max_prompts", "data.max_eval_prompts", "spin.nll_weight", "sampler.temperature",
+    "sampler.gpus_per_replica", "sampler.cpus_per_replica", "learner.gpus_per_worker", "learner.cpus_per_worker",
+    "learner.weight_decay", "learner.grad_clip", "audit.tolerance",
+)
+RESUME_MAY_CHANGE = ("tracking.", "run.dir")
+"""Keys that say where and how a run is followed, not what it computes."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """Read a YAML file and `key=value` overrides onto the defaults.
+
+    Returns the config and, for every dotted key, where its value came from: "default", the file, or "command line".
+    Raises BadInput for an unreadable file, an unknown key (naming the nearest known one), or a value that makes no sense.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such config file; the shipped ones are in conf/")
+    try:
+        in_file = OmegaConf.load(path)
+    except Exception as error:  # the YAML reader's errors have no common base
+        raise BadInput(f"{path}: not a readable YAML file: {_one_line(error)}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise BadInput(f"{override}: an override has the form key=value, for example spin.beta=0.1")
+    return _merge([(str(path), in_file), ("command line", OmegaConf.from_dotlist(list(overrides)))])
+
+
+def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:
+    known, origin = flatten(Config()), {}
+    for source, layer in layers:
+        for key in _leaves(layer):
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise BadInput(f"{source}: unknown key {key}; the nearest known key is {near}")
+            origin[key] = source
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *[layer for _, layer in layers])
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise BadInput(f"{_one_line(error)}{_where(error, origin)}") from error
+    check(config)
+    return config, {key: origin.get(key, "default") for key in known}
+
+
+def _leaves(layer: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of an OmegaConf node, down to what is a value of the schema (a list is a value)."""
+    if not OmegaConf.is_dict(layer):
+        return [prefix.rstrip(".")] if prefix else []
+    return [leaf for key in layer for leaf in (_leaves(layer._get_node(key), f"{prefix}{key}.") or [f"{prefix}{key}"])]
+
+
+def _where(error: OmegaConfBaseException, origin: dict[str, str]) -> str:
+    key = getattr(error, "full_key", None)
+    return f" (key {key}, from {origin.get(key, 'default')})" if key else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split("full_key")[0].split())
+
+
+def check(config: Config) -> None:
+    """Raise BadInput for the first value that makes no sense, with the arithmetic in the message."""
+    values = flatten(config)
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise BadInput(f"{key}={values[key]}: choose one of {', '.join(map(str, choices))}")
+    for key in AT_LEAST_ONE:
+        if values[key] < 1:
+            raise BadInput(f"{key}={values[key]}: must be at least 1")
+    for key in NOT_NEGATIVE:
+        if values[key] is not None and values[key] < 0:
+            raise BadInput(f"{key}={values[key]}: must not be negative")
+    for key in ("model.path", "data.train"):
+        if values[key] in ("", MISSING):
+            raise BadInput(f"{key} is not set; give it in the file or as {key}=...")
+    _check_schedule("spin.beta", config.spin.beta, config.spin.num_iterations)
+    _check_schedule("spin.lr", config.spin.lr, config.spin.num_iterations)
+    if not 0 <= config.learner.warmup_fraction < 1:
+        raise BadInput(f"learner.warmup_fraction={config.learner.warmup_fraction}: must be in [0, 1)")
+    if not 0 < config.sampler.top_p <= 1:
+        raise BadInput(f"sampler.top_p={config.sampler.top_p}: must be in (0, 1]")
+    batch, workers = config.learner.batch_pairs, config.learner.num_workers
+    if batch % workers:
+        raise BadInput(
+            f"learner.batch_pairs={batch} does not divide by learner.num_workers={workers} "
+            f"({batch} = {batch // workers} × {workers} + {batch % workers})"
+        )
+    if not config.run.name or "/" in config.run.name:
+        raise BadInput(f"run.name={config.run.name!r}: must be a plain folder name")
+
+
+def _check_schedule(key: str, value: Any, num_iterations: int) -> None:
+    numbers = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and len(value) != num_iterations:
+        raise BadInput(f"{key} has {len(value)} values for spin.num_iterations={num_iterations}; give one value, or one per iteration")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
+            raise BadInput(f"{key}={value}: must be a positive number, or a list of them")
+
+
+def _one_of(value: Any, iteration: int) -> float:
+    return float(value[iteration] if isinstance(value, list) else value)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, in the order of the dataclasses."""
+    flat = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        flat |= flatten(value, f"{prefix}{entry.name}.") if is_dataclass(value) else {f"{prefix}{entry.name}": value}
+    return flat
+
+
+def differences(config: Config, saved: dict[str, Any]) -> list[str]:
+    """What a run directory's config.json says otherwise: one "key: saved -> present" per key that changes the result."""
+    now, then = flatten(config), _flatten_dict(saved)
+    keys = [key for key in sorted(now.keys() | then.keys()) if not key.startswith(RESUME_MAY_CHANGE)]
+    return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if now.get(key) != then.get(key)]
+
+
+def _flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as indented JSON, for config.json."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

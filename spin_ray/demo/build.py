@@ -1,0 +1,143 @@
+"""Rebuild the embedded model and data: `python -m spin_ray.demo.build` (about an hour on two cores; a run never needs it).
+
+Imitates the paper's setting in miniature:
+1. data: `train.jsonl` (the small careful SFT set) and `heldout.jsonl`, messages format, each row with a checkable `answer`;
+2. a byte-level BPE tokenizer with a chat template, trained on the same kind of text;
+3. `base/`: a Llama of 0.9M parameters, pretrained on answers of which only 40 % are careful;
+4. `sft/`: the base after a short SFT on `train.jsonl`, made by `spin_ray sft`: the model that SPIN starts from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spin_ray.demo.tasks import careless_answer, draw_task
+
+HERE = Path(__file__).parent
+NUM_TRAIN, NUM_HELDOUT = 800, 500
+CAREFUL_SHARE = 0.4
+VOCAB_SIZE = 1024
+SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def build_data() -> None:
+    """Write train.jsonl and heldout.jsonl: distinct instructions, none in both."""
+    rng, seen = Random(0), set()
+    for name, count in (("train", NUM_TRAIN), ("heldout", NUM_HELDOUT)):
+        rows = []
+        while len(rows) < count:
+            task = draw_task(rng)
+            if task.instruction in seen:
+                continue
+            seen.add(task.instruction)
+            turns = [{"role": "user", "content": task.instruction}, {"role": "assistant", "content": task.careful}]
+            rows.append(json.dumps({"messages": turns, "answer": task.careful}))
+        (HERE / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def corpus(seed: int) -> Iterator[tuple[str, str]]:
+    """An endless stream of (instruction, answer), 40 % careful, without the questions of train.jsonl and heldout.jsonl."""
+    rng = Random(seed)
+    files = [HERE / "train.jsonl", HERE / "heldout.jsonl"]
+    kept_back = {json.loads(line)["messages"][0]["content"] for file in files for line in file.read_text().splitlines()}
+    while True:
+        task = draw_task(rng)
+        if task.instruction not in kept_back:
+            careful = rng.random() < CAREFUL_SHARE
+            yield task.instruction, task.careful if careful else careless_answer(task, rng)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Train the byte-level BPE tokenizer on 20,000 draws of the corpus."""
+    stream = corpus(seed=1)
+    texts = [text for _ in range(20_000) for text in next(stream)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>",
+        additional_special_tokens=SPECIAL[2:], model_max_length=256, clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def pretraining_batches(tokenizer: PreTrainedTokenizerFast, num_steps: int, batch: int) -> Iterator[torch.Tensor]:
+    """Right-padded ids [batch, longest], rows of similar length together."""
+    stream, window = corpus(seed=2), 16
+    for _ in range(math.ceil(num_steps / window)):
+        turns = [next(stream) for _ in range(batch * window)]
+        texts = [f"<|user|>{question}<|end|><|assistant|>{answer}<|end|>" for question, answer in turns]
+        ids = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
+        order = list(range(window))
+        Random(len(ids[-1])).shuffle(order)
+        for k in order:
+            rows = [torch.tensor(row) for row in ids[k * batch : (k + 1) * batch]]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+
+
+def build_base(tokenizer: PreTrainedTokenizerFast, num_steps: int, peak_lr: float = 3e-3, batch: int = 128) -> None:
+    """Pretrain on answer and question alike, warm-up then cosine."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
+    print(f"base model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
+    start, losses = time.time(), []
+    for step, ids in enumerate(pretraining_batches(tokenizer, num_steps, batch)):
+        rate = peak_lr * min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * step / num_steps)) + 0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        loss = model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 100 == 0:
+            recent = sum(losses[-100:]) / len(losses[-100:])
+            print(f"step {step}  loss {recent:.4f}  {time.time() - start:.0f} s", flush=True)
+    save(model, tokenizer, HERE / "base")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save in bfloat16: half the size in the repository, exact in float32 when loaded."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5_000, help="pretraining steps of 128 questions and answers")
+    args = parser.parse_args()
+    build_data()
+    tokenizer = build_tokenizer()
+    build_base(tokenizer, num_steps=args.steps)
+    subprocess.run([sys.executable, "-m", "spin_ray", "sft", "conf/demo_sft.yaml"], check=True)
+
+
+if __name__ == "__main__":
+    main()

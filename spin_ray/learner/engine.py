@@ -1,0 +1,188 @@
+"""The main player: a Hugging Face model under DeepSpeed, and the few verbs that the learner's loop needs of it.
+
+Plain class, one instance per rank; every method that touches weights is a collective (all ranks call it alike).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from spin_ray.config import LearnerConfig
+from spin_ray.errors import BadInput
+from spin_ray.learner import attention
+from spin_ray.learner.logps import PolicyLogps
+from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
+from spin_ray.losses import PairLogps
+from spin_ray.placement import Hardware
+from spin_ray.records import Pair
+
+LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping")
+
+
+class MainPlayer:
+    """theta: trains on packed batches of pairs, scores, exports.
+
+    Needs torch.distributed to be initialised. Raises BadInput for a model that the packed forward pass would get wrong.
+    """
+
+    def __init__(self, model_path: str, config: LearnerConfig, hardware: Hardware, *, trust_remote_code: bool = False):
+        self._config, self._hardware = config, hardware
+        self.model_path = model_path
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(hardware.device, torch.cuda.current_device() if hardware.device == "cuda" else 0)
+        _refuse_unsupported(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), model_path)
+        self._lm = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, hardware.dtype), attn_implementation=attention.NAME,
+            trust_remote_code=trust_remote_code, use_safetensors=True,
+        )
+        if config.activation_checkpointing:
+            self._lm.gradient_checkpointing_enable()
+        policy = PolicyLogps(self._lm)
+        optimizer = _optimizer(config, policy.parameters())
+        self._grad_norm = 0.0
+        # Without ZeRO or bf16, DeepSpeed steps the bare optimizer and reports no gradient norm: clip just before that step.
+        self._clips_itself = config.zero_stage == 0 and hardware.dtype == "float32"
+        if self._clips_itself:
+            optimizer.register_step_pre_hook(self._clip)
+        self._engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, config=_deepspeed_config(config, hardware, clips_itself=self._clips_itself)
+        )
+        self._engine.train()
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._config.grad_clip or float("inf")))
+
+    def begin_iteration(self) -> None:
+        """Forget the optimizer's moments: as in the paper, every iteration is a fresh fine-tuning from theta_t."""
+        optimizer = self._engine.optimizer
+        while hasattr(optimizer, "optimizer"):  # ZeRO wraps the optimizer that holds the state
+            optimizer = optimizer.optimizer
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+
+    def step(self, pairs: Sequence[Pair], *, loss_fn: LossFn, lr: float, normalizer: float) -> dict[str, float]:
+        """One optimizer step on a global batch; every rank passes the same pairs and trains on its share.
+
+        The gradient is that of sum(loss) / normalizer over the whole batch, whatever the number of ranks and the packing.
+        Returns the batch means of the loss function's metrics, and `grad_norm` (before clipping) and `num_tokens`.
+        """
+        share = self._hardware.share_prompt
+        lengths = [row_tokens(pair, share_prompt=share) for pair in pairs]
+        plan = plan_micro_batches(lengths, num_ranks=self.world_size, pack_tokens=self._config.pack_tokens)
+        shortest = lengths.index(min(lengths))
+        sums: dict[str, torch.Tensor] = {}
+        for indices in plan[self.rank]:
+            # An empty micro-batch still runs, on the shortest pair with weight 0: ZeRO's collectives need every rank.
+            loss, metrics = loss_fn(self._pair_logps([pairs[i] for i in indices or [shortest]]))
+            # Data parallelism averages over ranks, hence the factor world_size.
+            self._engine.backward(loss.sum() * (self.world_size / normalizer if indices else 0.0))
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0) + value.sum() * bool(indices)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        totals = torch.stack(list(sums.values())).to(torch.float64)
+        dist.all_reduce(totals)
+        means = {name: total / len(pairs) for name, total in zip(sums, totals.tolist(), strict=True)}
+        grad_norm = self._grad_norm if self._clips_itself else self._engine.get_global_grad_norm()
+        return {**means, "grad_norm": float(grad_norm), "num_tokens": sum(lengths)}
+
+    def _pair_logps(self, pairs: Sequence[Pair]) -> PairLogps:
+        packed = pack(pairs, share_prompt=self._hardware.share_prompt).to(self.device)
+        logps = self._engine(packed)
+        sums = logps.new_zeros(2 * len(pairs)).index_add(0, packed.answer_of, logps).view(len(pairs), 2)
+        known = [(p.opponent_real_logps.sum(dtype=np.float64), p.opponent_generated_logps.sum(dtype=np.float64)) for p in pairs]
+        opponent = torch.tensor(np.array(known), dtype=logps.dtype, device=self.device)
+        num_real = torch.tensor([len(pair.real_ids) for pair in pairs], device=self.device)
+        return PairLogps(sums[:, 0], sums[:, 1], opponent[:, 0], opponent[:, 1], num_real)
+
+    @torch.no_grad()
+    def token_logps(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
+        """Log-probs of every answer token, two arrays (real, generated) per pair, in nats; computed alike on every rank."""
+        arrays = []
+        for pair in pairs:
+            packed = pack([pair], share_prompt=self._hardware.share_prompt).to(self.device)
+            arrays += self._engine(packed).float().cpu().split([len(pair.real_ids), len(pair.generated_ids)])
+        return [array.numpy() for array in arrays]
+
+    def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """All weights in Hugging Face names, in buckets of about `bucket_bytes`, on the CPU; other ranks than 0 get empty lists.
+
+        Under ZeRO-3 a bucket is gathered when it is asked for, so no rank ever holds more than one in full.
+        """
+        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        size = 0
+        for name, parameter in self._lm.named_parameters():
+            bucket.append((name, parameter))
+            size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            if size >= bucket_bytes:
+                yield self._gather(bucket)
+                bucket, size = [], 0
+        if bucket:
+            yield self._gather(bucket)
+
+    def _gather(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, torch.Tensor]]:
+        with deepspeed.zero.GatheredParameters([p for _, p in bucket], enabled=self._config.zero_stage == 3):
+            if self.rank != 0:
+                return []
+            return [(name, parameter.detach().to("cpu", copy=True)) for name, parameter in bucket]
+
+    @property
+    def tied_names(self) -> dict[str, str]:
+        """Names under which a weight is known twice -> the name that `weights` yields (tied embeddings)."""
+        names = {id(parameter): name for name, parameter in self._lm.named_parameters()}
+        every = self._lm.named_parameters(remove_duplicate=False)
+        return {name: names[id(parameter)] for name, parameter in every if names[id(parameter)] != name}
+
+    def export(self, folder: Path, bucket_bytes: int) -> None:
+        """Write an HF folder (safetensors, config, tokenizer) that loads in transformers and in vLLM as it is."""
+        state = {name: tensor for bucket in self.weights(bucket_bytes) for name, tensor in bucket}
+        if self.rank == 0:
+            self._lm.save_pretrained(folder, state_dict=state)
+            AutoTokenizer.from_pretrained(self.model_path).save_pretrained(folder)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """DeepSpeed checkpoint, a file per rank: the fp32 master weights that a bf16 export does not hold."""
+        self._engine.save_checkpoint(str(folder), tag="state")
+
+    def load_checkpoint(self, folder: Path) -> None:
+        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no complete checkpoint")
+
+
+def _refuse_unsupported(config: Any, name: str) -> None:
+    for key in _CHANGES_LOGITS:
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise BadInput(f"{name}: models with {key} (here {getattr(config, key)}) are not supported by the learner yet")
+
+
+def _optimizer(config: LearnerConfig, parameters: Any) -> torch.optim.Optimizer:
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay)
+
+
+def _deepspeed_config(config: LearnerConfig, hardware: Hardware, *, clips_itself: bool) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # step() is the boundary: the number of micro-batches differs from batch to batch
+        "gradient_clipping": 0.0 if clips_itself else config.grad_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": hardware.dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }

@@ -1,0 +1,83 @@
+"""The driver's side of the learner: starts the one Ray Train `fit()` and turns commands into results."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from spin_ray.learner.coordinator import Coordinator, Failure
+from spin_ray.learner.loop import Stop, TrainReport, WorkerArgs, run_worker
+
+
+class Learner:
+    """The main player as a group of Ray Train workers, alive from `__init__` to `stop`.
+
+    `run` sends a command and returns its result; if a worker or the feed of blocks fails, it raises the first error.
+    """
+
+    def __init__(self, args: WorkerArgs, *, storage: Path):
+        self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote()
+        self._args = dataclasses.replace(args, coordinator=self.coordinator)
+        self._storage = storage
+        self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)
+        self._thread.start()
+
+    def post(self, command: Any) -> int:
+        return ray.get(self.coordinator.post.remote(command))
+
+    def result(self, number: int) -> Any:
+        result = ray.get(self.coordinator.result.remote(number))
+        if isinstance(result, Failure):
+            raise result.error
+        return result
+
+    def run(self, command: Any) -> Any:
+        return self.result(self.post(command))
+
+    def fail(self, error: BaseException) -> None:
+        """Make every waiting worker, and the driver, raise this error."""
+        ray.get(self.coordinator.fail.remote(error))
+
+    def stop(self) -> None:
+        """Let the workers finish and wait for the end of `fit()`."""
+        self.post(Stop())
+        self._thread.join()
+
+    def _fit(self) -> None:
+        config, hardware = self._args.config, self._args.hardware
+        trainer = ray.train.torch.TorchTrainer(
+            run_worker,
+            train_loop_config={"args": self._args},
+            torch_config=ray.train.torch.TorchConfig(backend=hardware.torch_backend),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.num_workers, use_gpu=hardware.learner_gpus > 0,
+                resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
+            ),
+            run_config=ray.train.RunConfig(storage_path=str(self._storage.parent), name=self._storage.name),
+        )
+        try:
+            trainer.fit()
+        except BaseException as error:  # handed to whoever waits for a result, which re-raises it
+            self.fail(error)
+
+
+def follow(learner: Learner, number: int, background: ThreadPoolExecutor, note_step: Callable[[dict[str, Any]], None]) -> TrainReport:
+    """Wait for a Train command, passing the steps' metrics on as they come."""
+    waiting: Future[TrainReport] = background.submit(learner.result, number)
+    while True:
+        finished = waiting.done()
+        for record in ray.get(learner.coordinator.drain.remote()):
+            note_step(record)
+        if finished:
+            return waiting.result()
+        time.sleep(0.2)
+

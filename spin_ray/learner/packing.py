@@ -1,0 +1,125 @@
+"""Padding-free batches: many answers in one row of tokens, none of which attends to another.
+
+A packed row is a sequence of *trees*: one prompt followed by its branches. With a shared prompt a tree has two branches,
+the real and the generated answer; without, every answer has a tree (and a copy of the prompt) of its own.
+
+Shapes: T tokens in the row, A answer tokens, N pairs. Answer 2i is the real one of pair i, answer 2i + 1 the generated one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from spin_ray.records import Pair
+
+
+@dataclass(frozen=True)
+class Tree:
+    """`start` and `length` of one prompt with its branches in the row; `mask` where plain causal attention is not enough."""
+
+    start: int
+    length: int
+    mask: torch.Tensor | None
+    """[length, length] bool, True where the row's token may attend to the column's; None: causal."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    input_ids: torch.Tensor
+    """[T] int64."""
+    position_ids: torch.Tensor
+    """[T] int64; an answer's positions go on from its prompt's last."""
+    trees: tuple[Tree, ...]
+    starts: torch.Tensor
+    """[num_trees + 1] int32, where each tree begins, and T: what variable-length kernels call cu_seqlens."""
+    predictor: torch.Tensor
+    """[A] int64, place in the row of the token whose output predicts this answer token."""
+    targets: torch.Tensor
+    """[A] int64, the answer tokens."""
+    answer_of: torch.Tensor
+    """[A] int64, which of the 2N answers the token belongs to."""
+    num_pairs: int
+
+    def to(self, device: torch.device) -> Packed:
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "starts", "predictor", "targets", "answer_of")}
+        trees = tuple(replace(tree, mask=None if tree.mask is None else tree.mask.to(device)) for tree in self.trees)
+        return replace(self, trees=trees, **moved)
+
+
+def pack(pairs: Sequence[Pair], *, share_prompt: bool) -> Packed:
+    """Lay pairs out in one row. A pair without a generated answer (SFT) has only its real branch."""
+    ids, positions, trees, predictor, targets, answer_of, place = [], [], [], [], [], [], 0
+    for index, pair in enumerate(pairs):
+        answers = [(2 * index, pair.real_ids), (2 * index + 1, pair.generated_ids)]
+        answers = [(which, tokens) for which, tokens in answers if len(tokens)]
+        for branches in [answers] if share_prompt else [[answer] for answer in answers]:
+            start, prompt = place, len(pair.prompt_ids)
+            ids.append(pair.prompt_ids)
+            positions.append(np.arange(prompt))
+            place += prompt
+            for which, tokens in branches:
+                fed = len(tokens) - 1  # the last token of an answer predicts nothing, so it is not fed
+                ids.append(tokens[:fed])
+                positions.append(np.arange(prompt, prompt + fed))
+                predictor.append(np.concatenate([[start + prompt - 1], np.arange(place, place + fed)]))
+                targets.append(tokens)
+                answer_of.append(np.full(len(tokens), which))
+                place += fed
+            trees.append(Tree(start, place - start, _mask(prompt, [len(tokens) - 1 for _, tokens in branches])))
+    return Packed(
+        _int64(ids), _int64(positions), tuple(trees), torch.tensor([*[t.start for t in trees], place], dtype=torch.int32),
+        _int64(predictor), _int64(targets), _int64(answer_of), len(pairs),
+    )
+
+
+def _int64(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _mask(prompt: int, branches: list[int]) -> torch.Tensor | None:
+    """[prompt + sum(branches)] squared: causal, and a branch sees only the prompt and itself. None for one branch."""
+    if len(branches) == 1:
+        return None
+    branch = torch.repeat_interleave(torch.arange(len(branches) + 1), torch.tensor([prompt, *branches]))
+    causal = torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
+    return causal & ((branch[None, :] == 0) | (branch[None, :] == branch[:, None]))
+
+
+def row_tokens(pair: Pair, *, share_prompt: bool) -> int:
+    """Tokens the pair takes in a packed row."""
+    fed = [len(answer) - 1 for answer in (pair.real_ids, pair.generated_ids) if len(answer)]
+    return (1 if share_prompt else len(fed)) * len(pair.prompt_ids) + sum(fed)
+
+
+def plan_micro_batches(lengths: Sequence[int], *, num_ranks: int, pack_tokens: int) -> list[list[list[int]]]:
+    """Share a batch out: plan[rank][k] are the indices of the pairs in that rank's micro-batch k.
+
+    Every rank computes the same plan from the same lengths, so the number of micro-batches agrees without a collective:
+    ranks with fewer get empty ones at the end. Longest first, each to the rank with the fewest tokens so far; a
+    micro-batch is closed when the next pair would not fit in `pack_tokens`, and pairs of similar length lie together.
+    """
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    load = [0] * num_ranks
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(num_ranks), key=lambda r: (load[r], r))
+        ranks[rank].append(index)
+        load[rank] += lengths[index]
+    plan = [_cut(indices, lengths, pack_tokens) for indices in ranks]
+    most = max(len(micro_batches) for micro_batches in plan)
+    return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in plan]
+
+
+def _cut(indices: list[int], lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
+    micro_batches: list[list[int]] = []
+    room = 0
+    for index in indices:
+        if not micro_batches or lengths[index] > room:
+            micro_batches.append([])
+            room = pack_tokens
+        micro_batches[-1].append(index)
+        room -= lengths[index]
+    return micro_batches

@@ -1,0 +1,108 @@
+"""A run's directory: where everything lies, and the append-only manifest that says what is finished.
+
+Publish, then mark: data is written under a temporary name, renamed, and only then named in manifest.jsonl.
+Readers believe only the mark (and a block's final name, which is a mark of its own).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spin_ray.config import Config, differences, to_json
+from spin_ray.errors import BadInput
+
+
+class RunDir:
+    """runs/<name>. `open` makes it, or takes up the one that an earlier, equal run left behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def open(cls, config: Config) -> RunDir:
+        """Raises BadInput if the directory cannot be written or belongs to a run with another config."""
+        run = cls(config.run_path)
+        saved = run.path / "config.json"
+        with readable_disk_errors(run.path):
+            run.logs.mkdir(parents=True, exist_ok=True)
+            if not saved.exists():
+                with written_whole(saved) as temporary:
+                    temporary.write_text(to_json(config))
+        changed = differences(config, json.loads(saved.read_text()))
+        if changed:
+            raise BadInput(
+                f"{run.path} belongs to a run with another config ({'; '.join(changed)}); "
+                "choose another run.name, or delete the directory to start over"
+            )
+        return run
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def prompts(self, block: int) -> Path:
+        return self.path / "prompts" / f"block_{block:05d}.parquet"
+
+    def heldout(self) -> Path:
+        return self.path / "prompts" / "heldout.parquet"
+
+    def pairs(self, iteration: int, kind: str, block: int) -> Path:
+        """`kind` is "block" for pairs sampled in this iteration, "replay" for re-scored ones of the iteration before."""
+        return self.iteration(iteration) / "pairs" / f"{kind}_{block:05d}.parquet"
+
+    def iteration(self, iteration: int) -> Path:
+        return self.path / f"iter_{iteration:03d}"
+
+    def model(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "model"
+
+    def checkpoint(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "checkpoint"
+
+    def mark(self, stage: str, **facts: Any) -> None:
+        """Append one line to the manifest, whole and on disk when this returns."""
+        line = json.dumps({"stage": stage, **facts}) + "\n"
+        with readable_disk_errors(self.path), (self.path / "manifest.jsonl").open("a") as manifest:
+            manifest.write(line)
+            manifest.flush()
+            os.fsync(manifest.fileno())
+
+    def marks(self, stage: str) -> list[dict[str, Any]]:
+        """Lines of this stage, oldest first; a line cut by a crash is not believed."""
+        manifest = self.path / "manifest.jsonl"
+        lines = manifest.read_text().splitlines(keepends=True) if manifest.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [entry for entry in entries if entry["stage"] == stage]
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the body succeeds, remove it if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def readable_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(
+            f"{path}: cannot be written: {error.strerror or error}; make room or change run.dir, then run the same command: "
+            "everything finished so far is kept"
+        ) from error

@@ -1,0 +1,56 @@
+"""What the driver must know of the model before anything starts: its chat format, and that its parts fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spin_ray.chat import ChatFormat
+from spin_ray.config import Config
+from spin_ray.demo import resolve
+from spin_ray.errors import BadInput
+from spin_ray.records import Prompt
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    path: str
+    """Where transformers and vLLM find the model."""
+    chat: ChatFormat
+    max_positions: int | None
+    """Longest sequence the model was made for, in tokens."""
+
+
+def inspect_model(config: Config) -> ModelFacts:
+    """Read tokenizer and config, not the weights. Raises BadInput in one line for whatever does not fit."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    path, trust = resolve(config.model.path), config.model.trust_remote_code
+    try:
+        model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"model.path={path}: no model with a tokenizer can be loaded from there: {str(error).splitlines()[0]}") from error
+    try:
+        generation = GenerationConfig.from_pretrained(path)
+        eos_ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    except OSError:  # generation_config.json is optional
+        eos_ids = []
+    if len(tokenizer) > model.vocab_size:
+        raise BadInput(f"model.path={path}: the tokenizer knows {len(tokenizer)} tokens, the model only {model.vocab_size}")
+    chat = ChatFormat(tokenizer, name=f"model.path={path}", eos_ids=[i for i in eos_ids if i is not None])
+    return ModelFacts(path, chat, getattr(model, "max_position_embeddings", None))
+
+
+def longest_sequence(prompts: Sequence[Prompt], max_new_tokens: int, facts: ModelFacts) -> int:
+    """Tokens of the longest prompt with its longest possible answer, and one; BadInput if the model is too short for it."""
+    longest_prompt = max(len(prompt.prompt_ids) for prompt in prompts)
+    longest_real = max(len(prompt.prompt_ids) + len(prompt.real_ids) for prompt in prompts)
+    need = max(longest_real, longest_prompt + max_new_tokens) + 1
+    if facts.max_positions and need > facts.max_positions:
+        raise BadInput(
+            f"model.path={facts.path}: the model has {facts.max_positions} positions, this run needs {need} (longest prompt {longest_prompt}, "
+            f"longest prompt with its real answer {longest_real}, sampler.max_new_tokens={max_new_tokens}); "
+            "lower data.max_prompt_tokens, data.max_answer_tokens or sampler.max_new_tokens"
+        )
+    return need

@@ -1,0 +1,86 @@
+"""The one place that knows which hardware a run is on: resources, dtype, back ends and engine settings.
+
+Everything else takes a `Hardware` and does not ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spin_ray.config import Config
+from spin_ray.errors import BadInput
+
+PLAY_TASK_CPUS = 0.1
+"""Ray Data tasks only wait for the sampler; they must fit beside the actors."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    device: str
+    """"cuda" or "cpu"."""
+    dtype: str
+    """"bfloat16" or "float32": the weights as the sampler and the learner's forward pass see them."""
+    sampler_gpus: int
+    """GPUs of one sampler replica."""
+    learner_gpus: int
+    """GPUs of one learner worker."""
+    audit_tolerance: float
+    """Largest mean |difference| of sampler and learner log-probs per token, in nats."""
+    share_prompt: bool
+    """Whether the learner computes the prompt of a pair once."""
+    play_tasks: int
+    """Blocks in flight: enough to keep every engine full, with one more waiting."""
+    torch_backend: str
+    """Collectives of the learner's workers."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the vLLM engine."""
+    sampler_env: Mapping[str, str] = field(default_factory=dict)
+    learner_env: Mapping[str, str] = field(default_factory=dict)
+
+
+def choose_hardware(config: Config, total: Mapping[str, float], *, samplers: bool = True, learner: bool = True) -> Hardware:
+    """Decide from the cluster's total resources (`ray.cluster_resources()`), or refuse at once what could never start.
+
+    `samplers` and `learner` say which players the command starts.
+
+    Raises BadInput naming the actors that do not fit and the sum.
+    """
+    on_gpus = total.get("GPU", 0) > 0
+    sampler = config.sampler
+    num_replicas, num_workers = sampler.num_replicas * samplers, config.learner.num_workers * learner
+    sampler_gpus = sampler.gpus_per_replica
+    if sampler_gpus is None:
+        sampler_gpus = sampler.tensor_parallel_size if on_gpus else 0
+    learner_gpus = config.learner.gpus_per_worker if config.learner.gpus_per_worker is not None else int(on_gpus)
+    cpus = [("sampler", num_replicas, sampler.cpus_per_replica), ("learner", num_workers, config.learner.cpus_per_worker)]
+    _check_fits("GPU", total, [("sampler", num_replicas, sampler_gpus), ("learner", num_workers, learner_gpus)])
+    _check_fits("CPU", total, [*cpus, ("play task", 1, PLAY_TASK_CPUS)])
+    blocks_per_engine = -(-sampler.max_num_seqs // sampler.block_prompts)
+    free_cpus = total["CPU"] - sum(number * each for _, number, each in cpus)
+    play_tasks = min(num_replicas * blocks_per_engine + 1, int(free_cpus / PLAY_TASK_CPUS + 1e-6))
+    dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if on_gpus else "float32")
+    tolerance = config.audit.tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
+    gpu_engine = {"gpu_memory_utilization": sampler.gpu_memory_utilization}
+    cpu_env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1",
+    }
+    return Hardware(
+        device="cuda" if on_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
+        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not on_gpus, play_tasks=play_tasks,
+        torch_backend="nccl" if learner_gpus else "gloo",
+        engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
+        sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},
+        learner_env={} if learner_gpus else {"DS_ACCELERATOR": "cpu"},
+    )
+
+
+def _check_fits(resource: str, total: Mapping[str, float], wanted: list[tuple[str, int, float]]) -> None:
+    need, have = sum(number * each for _, number, each in wanted), total.get(resource, 0)
+    if need > have + 1e-6:
+        parts = " + ".join(f"{number} {who}{'s' if number > 1 else ''} × {each:g}" for who, number, each in wanted if number * each)
+        raise BadInput(
+            f"the cluster has {have:g} {resource}, this run needs {need:g} = {parts}; "
+            "lower sampler.num_replicas or learner.num_workers, or add nodes"
+        )

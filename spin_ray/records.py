@@ -1,0 +1,90 @@
+"""The messages that cross process borders; every one is stamped with the opponent version it belongs to.
+
+Version t is the model theta_t of the paper: version 0 is the SFT model, version t + 1 the main player after iteration t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One SFT record as token ids: the prompt x and the real answer y."""
+
+    prompt_id: int
+    """Position of the record in the prepared data, stable over all iterations."""
+    prompt_ids: np.ndarray
+    """[num_prompt_tokens] int32, chat template applied, up to and including the generation prompt."""
+    real_ids: np.ndarray
+    """[num_real_tokens] int32, ends with the end-of-turn token."""
+    answer: str | None = None
+    """What a correct response must say, where the data is checkable."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer drawn by the opponent."""
+
+    version: int
+    """Opponent version whose weights drew and scored these tokens."""
+    token_ids: np.ndarray
+    """[num_tokens] int32; holds the end-of-turn token if and only if it was sampled."""
+    logps: np.ndarray
+    """[num_tokens] float32, log p of each drawn token at temperature 1, in nats."""
+    finish_reason: str
+    """"stop": ended by itself; "length": cut at the token limit."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training example of SPIN: the real and the generated answer to a prompt, with the opponent's log-probs."""
+
+    prompt_id: int
+    iteration: int
+    """Iteration in which the main player trains on the pair."""
+    opponent_version: int
+    """Version that wrote `generated_ids`."""
+    scored_version: int
+    """Version that computed both log-prob fields: the reference of the loss."""
+    prompt_ids: np.ndarray
+    """[num_prompt_tokens] int32."""
+    real_ids: np.ndarray
+    """[num_real_tokens] int32."""
+    generated_ids: np.ndarray
+    """[num_generated_tokens] int32."""
+    opponent_real_logps: np.ndarray
+    """[num_real_tokens] float32, nats."""
+    opponent_generated_logps: np.ndarray
+    """[num_generated_tokens] float32, nats."""
+    finish_reason: str
+    """How the generated answer ended: "stop" or "length"."""
+
+
+_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+PAIR_SCHEMA = pa.schema({
+    "prompt_id": pa.int64(), "iteration": pa.int32(), "opponent_version": pa.int32(), "scored_version": pa.int32(),
+    "prompt_ids": _INTS, "real_ids": _INTS, "generated_ids": _INTS,
+    "opponent_real_logps": _FLOATS, "opponent_generated_logps": _FLOATS, "finish_reason": pa.string(),
+})
+PROMPT_SCHEMA = pa.schema({"prompt_id": pa.int64(), "prompt_ids": _INTS, "real_ids": _INTS, "answer": pa.string()})
+
+
+def to_table(records: Sequence[Pair] | Sequence[Prompt], schema: pa.Schema) -> pa.Table:
+    """Lay records of one type out as an Arrow table, one row each."""
+    return pa.table({name: pa.array([getattr(r, name) for r in records], type=schema.field(name).type) for name in schema.names})
+
+
+def from_table(table: pa.Table, record: type) -> list[Any]:
+    """The inverse of `to_table`; the arrays are views of the table's memory."""
+    columns = [table.column(name).combine_chunks() for name in table.column_names]
+    return [record(**{name: _value(column[i]) for name, column in zip(table.column_names, columns, strict=True)}) for i in range(len(table))]
+
+
+def _value(cell: pa.Scalar) -> Any:
+    return cell.values.to_numpy(zero_copy_only=False) if isinstance(cell, pa.ListScalar) else cell.as_py()

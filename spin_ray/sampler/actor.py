@@ -1,0 +1,78 @@
+"""The opponent as a process: an engine with awaitable verbs. A plain class; `pool.start_samplers` makes it an actor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spin_ray.chatter import redirect_output
+from spin_ray.exchange.weights import PublishedWeights, from_bucket
+from spin_ray.records import Completion
+from spin_ray.sampler.engine import OpponentEngine, SamplingSettings
+
+
+@dataclass(frozen=True)
+class SamplerArgs:
+    """What a replica needs to start."""
+
+    model_path: str
+    version: int
+    """Opponent version that `model_path` holds."""
+    dtype: str
+    max_model_len: int
+    """Longest prompt with its answer, in tokens."""
+    seed: int
+    log_path: str
+    engine: Mapping[str, Any]
+    env: Mapping[str, str]
+
+
+class Sampler:
+    """One replica of the opponent. Raises (from every verb) WrongVersion, or the engine's own error once it is broken."""
+
+    def __init__(self, args: SamplerArgs):
+        redirect_output(args.log_path)
+        os.environ.update(args.env)
+        self._engine = OpponentEngine(
+            args.model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
+        )
+
+    async def ready(self) -> int:
+        """Warm the engine up (the first log-probs compile for seconds) and return its version."""
+        settings = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=2, stop_ids=())
+        await asyncio.wrap_future(self._engine.sample(self._engine.version, [1, 1], settings))
+        await asyncio.wrap_future(self._engine.score(self._engine.version, [1, 1], [1, 1]))
+        return self._engine.version
+
+    async def sample(self, version: int, prompts: Sequence[np.ndarray], settings: SamplingSettings) -> list[Completion]:
+        futures = [self._engine.sample(version, prompt, settings) for prompt in prompts]
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    async def score(self, version: int, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probs of given answers, one array [num_answer_tokens] each, in nats."""
+        futures = [self._engine.score(version, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    async def load(self, weights: PublishedWeights) -> float:
+        """Load a published version in place; returns the seconds it took, waiting for answers under way not counted."""
+        started: list[float] = []
+        await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, started)))
+        return time.perf_counter() - started[0]
+
+    async def num_generated_tokens(self) -> int:
+        """Tokens drawn since the start."""
+        return self._engine.num_generated_tokens
+
+    @staticmethod
+    def _tensors(weights: PublishedWeights, started: list[float]) -> Iterator[tuple[str, Any]]:
+        import ray
+
+        started.append(time.perf_counter())
+        for reference in weights.buckets:
+            yield from from_bucket(ray.get(reference), weights.tied_names)

@@ -1,0 +1,167 @@
+"""The opponent's vLLM engine: one thread steps it, any number of callers feed it (continuous batching).
+
+The only file that imports vLLM. Answers come out one by one, so a block never waits for another block's longest answer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spin_ray.records import Completion
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    temperature: float
+    """0: greedy."""
+    top_p: float
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+class WrongVersion(RuntimeError):
+    """A sampler was asked for a version that it does not hold (invariant 4)."""
+
+
+class OpponentEngine:
+    """Samples from and scores under one version of the model at a time; `load` replaces the weights in place.
+
+    `sample`, `score` and `load` return Futures at once. `load` waits for the requests before it and holds up those after it.
+    After an engine error every Future, pending or later, carries that error.
+    """
+
+    def __init__(self, model_path: str, *, version: int, dtype: str, max_model_len: int, seed: int, settings: Mapping[str, Any]):
+        from vllm import EngineArgs, LLMEngine
+
+        self.version = version
+        self.num_generated_tokens = 0
+        self._max_model_len = max_model_len
+        self._engine = LLMEngine.from_engine_args(EngineArgs(
+            model=model_path, dtype=dtype, max_model_len=max_model_len, seed=seed, disable_log_stats=True, **settings
+        ))
+        self._inbox: queue.Queue[tuple[Future, Callable[[], None]] | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._pending: dict[str, tuple[Future, Callable[[Any], Any]]] = {}
+        self._error: BaseException | None = None
+        self._next_id = 0
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def sample(self, version: int, prompt_ids: Sequence[int], settings: SamplingSettings) -> Future[Completion]:
+        """Draw one answer from `version`. Log-probs are of the model itself, before temperature and top-p."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens,
+            stop_token_ids=list(settings.stop_ids), logprobs=0, flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return self._submit(version, prompt_ids, params, lambda output: self._completion(version, output.outputs[0]))
+
+    def score(self, version: int, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Future[np.ndarray]:
+        """Log-probs of a given answer under `version` by one prefill, [num_answer_tokens] float32, in nats."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        tokens, num_answer = [*map(int, prompt_ids), *map(int, answer_ids)], len(answer_ids)
+        return self._submit(version, tokens, params, lambda output: _first_logps(output.prompt_logprobs)[-num_answer:])
+
+    def load(self, version: int, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Future[int]:
+        """Replace the weights by those that `tensors()` yields, once the engine is idle; the Future holds the new version."""
+        future: Future[int] = Future()
+
+        def swap() -> None:
+            while self._pending:
+                self._step()
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors()})
+            self._engine.reset_prefix_cache()
+            self.version = version
+            future.set_result(version)
+
+        return self._post(swap, future)
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _submit(self, version: int, token_ids: Sequence[int], params: Any, convert: Callable[[Any], Any]) -> Future:
+        future: Future = Future()
+
+        def add() -> None:
+            if version != self.version:
+                future.set_exception(WrongVersion(f"asked for opponent version {version}, this sampler holds {self.version}"))
+                return
+            if len(token_ids) >= self._max_model_len:
+                future.set_exception(ValueError(f"{len(token_ids)} tokens leave no room in an engine of {self._max_model_len}"))
+                return
+            self._next_id += 1
+            self._engine.add_request(str(self._next_id), {"prompt_token_ids": [int(i) for i in token_ids]}, params)
+            self._pending[str(self._next_id)] = (future, convert)
+
+        return self._post(add, future)
+
+    def _post(self, action: Callable[[], None], future: Future) -> Future:
+        with self._lock:
+            if self._error:
+                future.set_exception(self._error)
+            else:
+                self._inbox.put((future, action))
+        return future
+
+    def _loop(self) -> None:
+        future: Future | None = None
+        try:
+            while (entry := self._next_entry()) is not None:
+                future, action = entry
+                action()
+                future = None
+        except BaseException as error:  # whatever it is, nobody may wait for a dead engine
+            self._fail(error, future)
+
+    def _next_entry(self) -> tuple[Future, Callable[[], None]] | None:
+        """The next entry of the inbox; steps the engine as long as there is work and the inbox is empty."""
+        while True:
+            try:
+                return self._inbox.get(block=not self._pending)
+            except queue.Empty:
+                self._step()
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            if output.finished:
+                future, convert = self._pending.pop(output.request_id)
+                future.set_result(convert(output))
+
+    def _fail(self, error: BaseException, current: Future | None) -> None:
+        with self._lock:
+            self._error = error
+            waiting = [future for future, _ in self._pending.values()] + ([current] if current else [])
+            while not self._inbox.empty():
+                entry = self._inbox.get()
+                waiting += [entry[0]] if entry else []
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+
+    def _completion(self, version: int, output: Any) -> Completion:
+        self.num_generated_tokens += len(output.token_ids)
+        return Completion(version, np.array(output.token_ids, np.int32), _first_logps(output.logprobs), output.finish_reason)
+
+
+def _first_logps(flat: Any) -> np.ndarray:
+    """Of vLLM's FlatLogprobs, the first entry of every position: the token itself. Positions without any are skipped."""
+    starts = [start for start, end in zip(flat.start_indices, flat.end_indices, strict=True) if end > start]
+    return np.array([flat.logprobs[start] for start in starts], np.float32)

@@ -1,0 +1,78 @@
+"""Supervised fine-tuning with the same learner: SPIN needs an SFT model to start from."""
+
+from __future__ import annotations
+
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from spin_ray.chatter import log_to_file
+from spin_ray.config import Config
+from spin_ray.data import load_prompts
+from spin_ray.learner.group import Learner, follow
+from spin_ray.learner.loop import Save, Train, WorkerArgs
+from spin_ray.losses import sft_loss
+from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
+from spin_ray.model import inspect_model, longest_sequence
+from spin_ray.records import PAIR_SCHEMA, Pair, Prompt, to_table
+from spin_ray.system import ray_cluster
+from spin_ray.terminal import Terminal
+from spin_ray.tracking import Tracker
+
+
+def run_sft(config: Config) -> None:
+    """Train `model.path` on `data.train`; the model is written to runs/<name>/model."""
+    terminal, run = Terminal(), RunDir.open(config)
+    if run.marks("finished"):
+        terminal.say(f"{run.path} is finished; the model is {run.path / 'model'}")
+        return
+    log_to_file(run.logs / "driver.log")
+    facts = inspect_model(config)
+    prompts, _ = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
+    longest_sequence(prompts, 0, facts)
+    with ray_cluster(config, samplers=False) as hardware, ThreadPoolExecutor() as background:
+        learner = Learner(
+            WorkerArgs(
+                coordinator=None, model_path=facts.path, checkpoint_path=None, config=config.learner, hardware=hardware,
+                trust_remote_code=config.model.trust_remote_code, seed=config.run.seed, log_dir=str(run.logs),
+            ),
+            storage=run.logs / "ray_train",
+        )
+        tracker = Tracker(config, run.path)
+        ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(_table(prompts))]))
+        begun = time.monotonic()
+        with terminal, readable_disk_errors(run.path), written_whole(run.path / "model") as model, written_whole(run.path / "checkpoint") as saved:
+            number = learner.post(Train(
+                iteration=0, block_sizes=(len(prompts),), num_epochs=config.sft.num_epochs, loss_fn=sft_loss, normalizer=num_real_tokens,
+                lr=config.sft.lr, shuffle_first_epoch=True, max_steps=config.run.max_steps,
+            ))
+            follow(learner, number, background, functools.partial(_note_step, tracker, terminal))
+            learner.run(Save(str(model), str(saved)))
+        learner.stop()
+        tracker.close(exit_code=0)
+    run.mark("finished")
+    terminal.say(f"finished in {time.monotonic() - begun:.0f} s: the model is {run.path / 'model'}")
+
+
+def num_real_tokens(batch: list[Pair]) -> float:
+    """SFT's normalizer: every answer token of a batch weighs the same."""
+    return float(sum(len(pair.real_ids) for pair in batch))
+
+
+def _table(prompts: list[Prompt]) -> pa.Table:
+    """Prompts as pairs without a generated answer."""
+    none, zeros = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    return to_table([
+        Pair(p.prompt_id, 0, 0, 0, p.prompt_ids, p.real_ids, none, np.zeros(len(p.real_ids), np.float32), zeros, "stop") for p in prompts
+    ], PAIR_SCHEMA)
+
+
+def _note_step(tracker: Tracker, terminal: Terminal, record: dict) -> None:
+    metrics, step, total = record["metrics"], record["step"], record["total_steps"]
+    tracker.log("train", {**metrics, "global_step": step}, step=step)
+    nll = metrics["real_nll_nats_per_token"]
+    terminal.progress("main player", step + 1, total, f"step {step + 1}/{total}  NLL {nll:.3f}  {metrics['pairs_per_s']:.0f} examples/s")

@@ -1,0 +1,48 @@
+"""Starting and ending the distributed parts: Ray itself, the sampler replicas, the learner."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from spin_ray.config import Config
+from spin_ray.errors import BadInput
+from spin_ray.placement import Hardware, choose_hardware
+
+MIN_LOCAL_CPUS = 2
+
+
+@contextmanager
+def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) -> Iterator[Hardware]:
+    """Join the cluster in RAY_ADDRESS (a submitted job has it), or start Ray on this machine; leave nothing running.
+
+    `samplers` and `learner` say which players the command starts.
+    Raises BadInput if the cluster is too small for the run.
+    """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, configure_logging=False)
+    else:
+        cpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner)
+    finally:
+        ray.shutdown()
+
+
+def first_error(error: BaseException) -> BaseException:
+    """Under the wrappings of Ray, Ray Data and Ray Train, the error that started it all."""
+    seen = {id(error)}
+    while type(error) is not BadInput:
+        failures = getattr(error, "worker_failures", None) or {}
+        inner = next(iter(failures.values()), None) or getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException) or id(inner) in seen:
+            return error
+        seen.add(id(inner))
+        error = inner
+    return error
+

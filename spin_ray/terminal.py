@@ -1,0 +1,59 @@
+"""What the user sees: one live line per player, and a row of the table after every iteration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+PLAIN_EVERY_S = 20
+COLUMNS = (
+    ("model", 10, "model"), ("exact_match_t1_share", 12, "match T=1"), ("exact_match_greedy_share", 14, "match greedy"),
+    ("real_nll_nats_per_token", 10, "NLL/token"), ("same_as_real_share", 8, "y' == y"), ("truncated_share", 10, "truncated"),
+    ("generated_tokens", 9, "tokens y'"), ("loss", 8, "loss"), ("margin", 8, "margin"), ("train_s", 9, "train s"), ("waited_s", 9, "waited s"),
+)
+
+
+class Terminal:
+    """On a terminal the players' lines are redrawn in place; in a log file each is printed now and then."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        columns = TextColumn("{task.description:<12}"), BarColumn(24), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
+        self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._tasks = {player: self._live.add_task(player, total=1, text="") for player in ("opponent", "main player")}
+        self._printed = dict.fromkeys(self._tasks, time.monotonic())
+        self._header_done = False
+
+    def __enter__(self) -> Terminal:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def progress(self, player: str, done: int, total: int, text: str) -> None:
+        """Redraw the line of a player: "opponent" or "main player"."""
+        self._live.update(self._tasks[player], completed=done, total=total, text=text)
+        if self._live.disable and time.monotonic() - self._printed[player] >= PLAIN_EVERY_S:
+            self._printed[player] = time.monotonic()
+            self.say(f"{player:<12} {text}")
+
+    def row(self, cells: Mapping[str, Any]) -> None:
+        """One line of the run's table: a model and, where it was trained here, its iteration."""
+        if not self._header_done:
+            self._header_done = True
+            self.say("".join(f"{title:>{width}}" for _, width, title in COLUMNS))
+        self.say("".join(f"{_cell(cells.get(key)):>{width}}" for key, width, _ in COLUMNS))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,54 @@
+"""Where metrics go: every one to metrics.jsonl, and the same to Weights & Biases. The only file that imports wandb."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spin_ray.config import Config, flatten
+
+
+class Tracker:
+    """One per run, in the driver. A resumed run goes on in the same W&B run."""
+
+    def __init__(self, config: Config, run_path: Path):
+        import wandb
+
+        self._file = (run_path / "metrics.jsonl").open("a", buffering=1)
+        mode = os.environ.get("WANDB_MODE") or config.tracking.wandb.mode
+        self._wandb = wandb.init(
+            mode=mode, project=config.tracking.wandb.project, entity=config.tracking.wandb.entity or None, name=config.run.name,
+            id=_stable_id(run_path / "wandb_id"), resume="allow", dir=str(run_path), config=flatten(config),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+        )
+        self._wandb.define_metric("train/global_step")
+        self._wandb.define_metric("train/*", step_metric="train/global_step")
+        for group in ("iteration", "eval", "audit", "sync", "sampler"):
+            self._wandb.define_metric(f"{group}/*", step_metric="opponent_version")
+
+    def log(self, group: str, metrics: Mapping[str, Any], **stamp: int) -> None:
+        """Log `metrics` under `group/`, stamped with where in the run they belong (iteration, step, opponent_version)."""
+        named = {f"{group}/{name}": value for name, value in metrics.items()}
+        self._file.write(json.dumps({"time": round(time.time(), 3), **stamp, **named}) + "\n")
+        self._wandb.log({**stamp, **named})
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A small table, to W&B only."""
+        import wandb
+
+        self._wandb.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+    def close(self, exit_code: int) -> None:
+        self._file.close()
+        self._wandb.finish(exit_code=exit_code)
+
+
+def _stable_id(path: Path) -> str:
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text()
