@@ -94,8 +94,8 @@ def pretraining_batches(tokenizer: PreTrainedTokenizerFast, num_steps: int, batc
             yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
 
-def build_base(tokenizer: PreTrainedTokenizerFast, num_steps: int, peak_lr: float = 3e-3, batch: int = 128) -> None:
-    """Pretrain on answer and question alike, warm-up then cosine."""
+def build_base(tokenizer: PreTrainedTokenizerFast, num_steps: int, peak_lr: float = 2e-3, batch: int = 64) -> None:
+    """Pretrain on the corpus's answers, warm-up then cosine."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -105,13 +105,17 @@ def build_base(tokenizer: PreTrainedTokenizerFast, num_steps: int, peak_lr: floa
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
     print(f"base model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     start, losses = time.time(), []
     for step, ids in enumerate(pretraining_batches(tokenizer, num_steps, batch)):
-        rate = peak_lr * min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * step / num_steps)) + 0.01)
+        rate = peak_lr * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / num_steps)) + 0.01)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-        loss = model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss
+        # Only answers are learned: the questions are random words, and a tiny model would spend itself on their noise.
+        # No mask for the right padding: causal attention never looks that far.
+        answering = (ids == assistant).cumsum(1) - (ids == assistant).long()
+        labels = ids.masked_fill((answering == 0) | (ids == tokenizer.pad_token_id), -100)
+        loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,7 +135,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5_000, help="pretraining steps of 128 questions and answers")
+    parser.add_argument("--steps", type=int, default=8_000, help="pretraining steps of 64 questions and answers")
     args = parser.parse_args()
     build_data()
     tokenizer = build_tokenizer()

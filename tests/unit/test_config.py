@@ -1,0 +1,86 @@
+"""Config: typos fail with the nearest right name, values are checked with their arithmetic, every shipped file loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spin_ray.config import Config, differences, flatten, load_config, to_json
+from spin_ray.errors import BadInput
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: some/model}\ndata: {train: some.jsonl}\n")
+    return path
+
+
+def test_contract_keys_exist():
+    promised = """run.name run.dir run.seed model.path model.dtype data.train data.eval data.max_prompt_tokens spin.num_iterations
+    spin.num_epochs spin.beta spin.lr spin.replay spin.nll_weight sampler.num_replicas sampler.tensor_parallel_size sampler.temperature
+    sampler.max_new_tokens sampler.block_prompts learner.num_workers learner.batch_pairs learner.zero_stage learner.optimizer
+    learner.warmup_fraction reference.scorer overlap.mode tracking.wandb.mode sampler.gpus_per_replica learner.gpus_per_worker"""
+    assert set(promised.split()) <= flatten(Config()).keys()
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_holds_only_what_differs(path):
+    config, origin = load_config(path)
+    values, defaults = flatten(config), flatten(Config())
+    same = [key for key, source in origin.items() if source == str(path) and values[key] == defaults[key]]
+    assert not same, f"{path.name} repeats defaults: {same}"
+
+
+def test_origins(minimal):
+    config, origin = load_config(minimal, ["spin.beta=[0.1, 0.1, 0.1, 5.0]", "sampler.gpus_per_replica=null"])
+    assert [config.beta(t) for t in range(4)] == [0.1, 0.1, 0.1, 5.0] and config.lr(3) == 5e-7
+    assert (origin["model.path"], origin["spin.beta"], origin["run.seed"]) == (str(minimal), "command line", "default")
+
+
+@pytest.mark.parametrize("override, message", [
+    ("spin.betta=1", "unknown key spin.betta; the nearest known key is spin.beta"),
+    ("learner.batchpairs=8", "the nearest known key is learner.batch_pairs"),
+    ("spin=3", "unknown key spin"),
+    ("spin.num_epochs=two", "spin.num_epochs, from command line"),
+    ("spin.num_epochs=0", "spin.num_epochs=0: must be at least 1"),
+    ("spin.beta=[0.1, 0.2]", "spin.beta has 2 values for spin.num_iterations=4"),
+    ("spin.lr=-1", "spin.lr=-1: must be a positive number"),
+    ("spin.lr=.nan", "spin.lr=nan: must be a positive number"),
+    ("learner.num_workers=3", "64 = 21 × 3 + 1"),
+    ("learner.optimizer=sgd", "choose one of rmsprop, adamw"),
+    ("overlap.mode=lookahead", "choose one of stream, sequential"),
+    ("model.path=''", "model.path is not set"),
+    ("run.name=a/b", "plain folder name"),
+    ("beta", "form key=value"),
+])
+def test_bad_values_get_one_clear_line(minimal, override, message):
+    with pytest.raises(BadInput) as caught:
+        load_config(minimal, [override])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(BadInput, match="no such config file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("run: [1, 2\n")
+    with pytest.raises(BadInput, match="not a readable YAML file"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_differences_ignore_what_does_not_change_the_result(minimal):
+    config, _ = load_config(minimal)
+    saved = json.loads(to_json(config))
+    assert differences(config, saved) == []
+    other, _ = load_config(minimal, ["spin.beta=0.2", "tracking.wandb.mode=disabled", "run.dir=/elsewhere"])
+    assert differences(other, saved) == ["spin.beta: 0.1 -> 0.2"]
+
+
+def test_reading_config_and_help_loads_neither_torch_nor_ray():
+    code = "import sys; from spin_ray.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
+           "assert not {'torch', 'ray', 'vllm', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

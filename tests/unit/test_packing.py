@@ -1,0 +1,148 @@
+"""Packing changes nothing: packed == padded == one answer at a time, in loss-relevant log-probs and in every gradient."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_ray.learner import attention, logps
+from spin_ray.learner.logps import LogpHead, PolicyLogps
+from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
+from spin_ray.records import Pair
+
+
+def tiny(*, tied: bool, implementation: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.3, attn_implementation=implementation,
+    )
+    return LlamaForCausalLM(config).to(torch.float64)
+
+
+def pair(prompt: int, real: int, generated: int, seed: int = 0) -> Pair:
+    rng = np.random.default_rng([seed, prompt, real, generated])
+    ids = [rng.integers(1, 50, length).astype(np.int32) for length in (prompt, real, generated)]
+    return Pair(0, 0, 0, 0, *ids, np.zeros(real, np.float32), np.zeros(generated, np.float32), "stop")
+
+
+def plain_sums(model: LlamaForCausalLM, pairs: list[Pair]) -> torch.Tensor:
+    """[N, 2] summed log-probs by transformers itself, one answer at a time, no packing, no chunking."""
+    rows = []
+    for one in pairs:
+        for answer in (one.real_ids, one.generated_ids):
+            ids = torch.tensor(np.concatenate([one.prompt_ids, answer])[None].astype(np.int64))
+            logp = torch.log_softmax(model(ids).logits[0], -1)[len(one.prompt_ids) - 1 : -1]
+            rows.append(logp.gather(1, torch.tensor(answer[:, None].astype(np.int64))).sum())
+    return torch.stack(rows).view(len(pairs), 2)
+
+
+def padded_sums(model: LlamaForCausalLM, pairs: list[Pair]) -> torch.Tensor:
+    """[N, 2] summed log-probs by transformers on one right-padded batch."""
+    answers = [(one.prompt_ids, answer) for one in pairs for answer in (one.real_ids, one.generated_ids)]
+    rows = [torch.tensor(np.concatenate(parts).astype(np.int64)) for parts in answers]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logp = torch.log_softmax(model(ids, attention_mask=mask).logits, -1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    sums = [logp[k, len(prompt) - 1 : len(prompt) + len(answer) - 1].sum() for k, (prompt, answer) in enumerate(answers)]
+    return torch.stack(sums).view(len(pairs), 2)
+
+
+def packed_sums(policy: PolicyLogps, pairs: list[Pair], *, share_prompt: bool) -> torch.Tensor:
+    packed = pack(pairs, share_prompt=share_prompt)
+    out = policy(packed)
+    return out.new_zeros(2 * len(pairs)).index_add(0, packed.answer_of, out).view(len(pairs), 2)
+
+
+def gradients(model: torch.nn.Module, sums: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.nn.functional.softplus(-0.3 * (sums[:, 0] - sums[:, 1])).sum().backward()
+    return {name.removeprefix("lm."): parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_packed_equals_padded_equals_one_at_a_time(tied, share_prompt, monkeypatch):
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 150)  # chunks of 3 tokens
+    pairs = [pair(5, 4, 7), pair(1, 1, 1), pair(3, 9, 2), pair(8, 1, 6)]
+    reference, policy = tiny(tied=tied, implementation="sdpa"), PolicyLogps(tiny(tied=tied, implementation=attention.NAME))
+    plain, padded, ours = plain_sums(reference, pairs), padded_sums(reference, pairs), packed_sums(policy, pairs, share_prompt=share_prompt)
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours, padded, rtol=1e-10, atol=1e-10)
+    expected, found = gradients(reference, plain), gradients(policy, ours)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        # RMSNorm computes in float32: with a shared prompt the two answers' gradients are summed before it, not after.
+        tolerance = 1e-5 if share_prompt else 1e-10
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+LENGTHS = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(LENGTHS, st.booleans())
+def test_property_packed_equals_one_at_a_time(lengths, share_prompt):
+    pairs = [pair(*sizes, seed=k) for k, sizes in enumerate(lengths)]
+    with torch.no_grad():
+        plain = plain_sums(tiny(tied=True, implementation="sdpa"), pairs)
+        ours = packed_sums(PolicyLogps(tiny(tied=True, implementation=attention.NAME)), pairs, share_prompt=share_prompt)
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_order_of_pairs_does_not_matter():
+    pairs = [pair(5, 4, 7), pair(2, 3, 1), pair(3, 9, 2)]
+    policy = PolicyLogps(tiny(tied=True, implementation=attention.NAME))
+    torch.testing.assert_close(packed_sums(policy, pairs[::-1], share_prompt=True), packed_sums(policy, pairs, share_prompt=True).flip(0))
+
+
+def test_pair_without_generated_answer_has_only_its_real_branch():
+    packed = pack([pair(4, 3, 0)], share_prompt=True)
+    assert packed.answer_of.tolist() == [0, 0, 0]
+    assert packed.trees[0].mask is None
+
+
+def test_end_token_is_trained_on_exactly_once_per_answer():
+    one = pair(4, 3, 5)
+    packed = pack([one], share_prompt=True)
+    assert packed.targets.tolist() == [*one.real_ids, *one.generated_ids]
+    assert packed.predictor.tolist()[:1] == [3] and packed.predictor.tolist()[3] == 3  # both answers start from the last prompt token
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_row_tokens_is_what_pack_lays_out(share_prompt):
+    for one in (pair(4, 3, 5), pair(4, 3, 0), pair(1, 1, 1)):
+        assert row_tokens(one, share_prompt=share_prompt) == len(pack([one], share_prompt=share_prompt).input_ids)
+
+
+def test_head_matches_log_softmax_and_its_gradient(monkeypatch):
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 20 * 3)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 20, bias=False, dtype=torch.float64)
+    hidden, targets = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randint(20, (11,))
+    assert torch.autograd.gradcheck(lambda h, w: logps._ChunkedLogps.apply(h, w, targets, 3), (hidden, linear.weight))
+    full = torch.log_softmax(linear(hidden), -1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(LogpHead(linear)(hidden, targets), full)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 60))
+def test_plan_takes_every_pair_once_and_agrees_on_the_number(lengths, num_ranks, pack_tokens):
+    plan = plan_micro_batches(lengths, num_ranks=num_ranks, pack_tokens=pack_tokens)
+    assert len(plan) == num_ranks and len({len(rank) for rank in plan}) == 1
+    assert Counter(i for rank in plan for micro in rank for i in micro) == Counter(range(len(lengths)))
+    for micro in (micro for rank in plan for micro in rank):
+        assert len(micro) <= 1 or sum(lengths[i] for i in micro) <= pack_tokens
+    loads = [sum(lengths[i] for micro in rank for i in micro) for rank in plan]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_sliding_window_shorter_than_a_pair_is_refused():
+    packed = pack([pair(5, 4, 7)], share_prompt=True)
+    query = torch.zeros(1, 2, len(packed.input_ids), 4)
+    with pytest.raises(ValueError, match="sliding window of 8"):
+        attention.packed_attention(None, query, query, query, None, packed=packed, scaling=1.0, sliding_window=8)
