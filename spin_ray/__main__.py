@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from spin_ray.config import Config, flatten, load_config
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, RunStopped
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,29 +19,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (function, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("config", help="YAML file, for example conf/demo.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's, for example spin.beta=0.1")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's, such as spin.beta=0.1")
         command.set_defaults(function=function)
     args = parser.parse_args(argv)
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
     try:
         config, origin = load_config(args.config, args.overrides)
         args.function(config, origin)
     except Exception as error:
-        message = _users_fault(error)
-        if message is None:
+        cause = _cause(error)
+        if not isinstance(cause, (BadInput, RunStopped)):
             raise
-        print(f"spin-ray: {message}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        print(f"spin-ray: {cause}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(cause, BadInput) else EXIT_FAILED
     return 0
 
 
-def _users_fault(error: Exception) -> str | None:
-    """The one line for the user if, under Ray's wrappings, the error is theirs to fix."""
-    if isinstance(error, BadInput):
-        return str(error)
-    from spin_ray.system import first_error
+def _cause(error: Exception) -> BaseException:
+    if isinstance(error, (BadInput, RunStopped)):
+        return error
+    from spin_ray.system import first_error  # only errors of a started run are wrapped, and by then ray is loaded
 
-    cause = first_error(error)
-    return str(cause) if isinstance(cause, BadInput) else None
+    return first_error(error)
 
 
 def _run(config: Config, origin: dict[str, str]) -> None:

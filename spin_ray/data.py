@@ -171,7 +171,8 @@ def to_messages(row: dict[str, Any]) -> list[Message]:
         asked, given = row["instruction"], row.get("input")
         if not isinstance(asked, str) or not (given is None or isinstance(given, str)):
             raise ValueError("instruction and input must be text")
-        return [{"role": "user", "content": f"{asked}\n\n{given}" if given else asked}, *_as_turns(row.get("output"), "assistant", "output")]
+        question = f"{asked}\n\n{given}" if given else asked
+        return [{"role": "user", "content": question}, *_as_turns(row.get("output"), "assistant", "output")]
     known = "messages, real, conversations, prompt + response, instruction + output"
     raise ValueError(f"none of the known columns ({known}); this row has {', '.join(map(str, row)) or 'none'}")
 

@@ -1,5 +1,9 @@
-"""The one exception that is the user's to fix: the command line prints it as one line and exits with code 2."""
+"""The errors that the command line prints as one line; every other one is a bug and keeps its traceback."""
 
 
 class BadInput(ValueError):
-    """Wrong config, data, model or cluster; the message says what is wrong, where, and what to do."""
+    """Wrong config, data, model or cluster; the message says what is wrong, where, and what to do. Exit code 2."""
+
+
+class RunStopped(RuntimeError):
+    """One of the run's own checks stopped it; the message has the numbers. Exit code 1."""

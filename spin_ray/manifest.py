@@ -68,8 +68,10 @@ class RunDir:
     def mark(self, stage: str, **facts: Any) -> None:
         """Append one line to the manifest, whole and on disk when this returns."""
         line = json.dumps({"stage": stage, **facts}) + "\n"
-        with readable_disk_errors(self.path), (self.path / "manifest.jsonl").open("a") as manifest:
-            manifest.write(line)
+        with readable_disk_errors(self.path), (self.path / "manifest.jsonl").open("a+b") as manifest:
+            manifest.seek(0)
+            manifest.truncate(manifest.read().rfind(b"\n") + 1)  # a line that a crash cut short
+            manifest.write(line.encode())
             manifest.flush()
             os.fsync(manifest.fileno())
 

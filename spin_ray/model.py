@@ -49,8 +49,8 @@ def longest_sequence(prompts: Sequence[Prompt], max_new_tokens: int, facts: Mode
     need = max(longest_real, longest_prompt + max_new_tokens) + 1
     if facts.max_positions and need > facts.max_positions:
         raise BadInput(
-            f"model.path={facts.path}: the model has {facts.max_positions} positions, this run needs {need} (longest prompt {longest_prompt}, "
-            f"longest prompt with its real answer {longest_real}, sampler.max_new_tokens={max_new_tokens}); "
+            f"model.path={facts.path}: the model has {facts.max_positions} positions, this run needs {need} "
+            f"(longest prompt {longest_prompt}, with its real answer {longest_real}, sampler.max_new_tokens={max_new_tokens}); "
             "lower data.max_prompt_tokens, data.max_answer_tokens or sampler.max_new_tokens"
         )
     return need

@@ -82,8 +82,8 @@ def to_table(records: Sequence[Pair] | Sequence[Prompt], schema: pa.Schema) -> p
 
 def from_table(table: pa.Table, record: type) -> list[Any]:
     """The inverse of `to_table`; the arrays are views of the table's memory."""
-    columns = [table.column(name).combine_chunks() for name in table.column_names]
-    return [record(**{name: _value(column[i]) for name, column in zip(table.column_names, columns, strict=True)}) for i in range(len(table))]
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    return [record(**{name: _value(column[i]) for name, column in columns.items()}) for i in range(len(table))]
 
 
 def _value(cell: pa.Scalar) -> Any:

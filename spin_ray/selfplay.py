@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from spin_ray.background import in_background
 from spin_ray.chatter import log_to_file
 from spin_ray.config import Config
 from spin_ray.data import load_prompts
@@ -58,7 +58,8 @@ def run_spin(config: Config) -> None:
     max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens, facts)
     with ExitStack() as stack:
         hardware = stack.enter_context(ray_cluster(config))
-        terminal.say(f"{run.path}: {len(prepared.train)} prompts in {len(prepared.block_sizes)} blocks, {hardware.device}, {hardware.dtype}")
+        blocks = len(prepared.block_sizes)
+        terminal.say(f"{run.path}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
         players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len))
         tracker = Tracker(config, run.path)
         try:
@@ -140,7 +141,6 @@ class SelfPlay:
         self._tracker, self._terminal = tracker, terminal
         self._settings = sampling_settings(config, facts.chat)
         self._last_metrics: dict[str, float] = {}
-        self._background = ThreadPoolExecutor(max_workers=3, thread_name_prefix="selfplay")
 
     def play(self) -> None:
         """All iterations that the manifest does not call finished."""
@@ -149,8 +149,8 @@ class SelfPlay:
         audit = self._audit(first)
         trained: dict[str, Any] = {}
         for t in range(first, config.spin.num_iterations):
-            evaluation = self._background.submit(self._evaluate, t, trained)
-            generated = self._background.submit(self._play_opponent, t)
+            evaluation = in_background(self._evaluate, t, trained)
+            generated = in_background(self._play_opponent, t)
             if config.overlap.mode == "sequential":
                 generated.result()
             report = self._train(t, audit)
@@ -199,20 +199,17 @@ class SelfPlay:
             normalizer=len, lr=config.lr(t), shuffle_first_epoch=config.overlap.mode == "sequential", max_steps=config.run.max_steps,
             expected_first_loss=(LOSS_AT_ZERO[spin.loss], deviation),
         ))
-        return follow(self._learner, number, self._background, functools.partial(self._note_step, version=t))
+        steps_before = sum(mark["report"]["num_steps"] for mark in self._run.marks("iteration"))
+        return follow(self._learner, number, functools.partial(self._note_step, t, steps_before))
 
-    def _note_step(self, record: dict[str, Any], version: int) -> None:
+    def _note_step(self, t: int, steps_before: int, record: dict[str, Any]) -> None:
         metrics, step, total = record["metrics"], record["step"], record["total_steps"]
-        done = self._steps_before(version) + step
         if step % self._config.tracking.log_every_steps == 0 or step == total - 1:
-            self._tracker.log("train", {**metrics, "global_step": done}, iteration=version, step=step, opponent_version=version)
-        text = f"iteration {version}  step {step + 1}/{total}  loss {metrics['loss']:.3f}  margin {metrics['margin']:.2f}  " \
+            self._tracker.log("train", {**metrics, "global_step": steps_before + step}, iteration=t, step=step, opponent_version=t)
+        text = f"iteration {t}  step {step + 1}/{total}  loss {metrics['loss']:.3f}  margin {metrics['margin']:.2f}  " \
                f"{metrics['pairs_per_s']:.0f} pairs/s  waited {metrics['waited_s']:.1f} s"
         self._last_metrics = metrics
         self._terminal.progress("main player", step + 1, total, text)
-
-    def _steps_before(self, iteration: int) -> int:
-        return sum(mark["report"]["num_steps"] for mark in self._run.marks("iteration")[:iteration])
 
     def _become_opponent(self, version: int) -> tuple[Audit, float]:
         """theta_{t+1} becomes the opponent: durable on disk first, then in the samplers, then audited."""
@@ -243,8 +240,9 @@ class SelfPlay:
     def _finish_iteration(self, t: int, report: TrainReport, audit: Audit, sync_s: float) -> dict[str, Any]:
         facts = {"pairs_per_s": report.num_pairs / report.wall_s, "tokens_per_s": report.num_tokens / report.wall_s, "sync_s": sync_s}
         self._tracker.log("iteration", {**asdict(report), **facts}, iteration=t, opponent_version=t + 1)
-        self._run.mark("iteration", iteration=t, model=str(self._run.model(t).relative_to(self._run.path)), report=asdict(report), audit=asdict(audit))
-        return {"loss": self._last_metrics["loss"], "margin": self._last_metrics["margin"], "train_s": report.wall_s, "waited_s": report.waited_s}
+        self._run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
+        last = self._last_metrics
+        return {"loss": last["loss"], "margin": last["margin"], "train_s": report.wall_s, "waited_s": report.waited_s}
 
     def _evaluate(self, version: int, trained: dict[str, Any]) -> None:
         """Held-out metrics of theta_version; runs beside the play of iteration `version`."""
@@ -257,13 +255,13 @@ class SelfPlay:
         self._terminal.row({"model": f"theta_{version}" if version else "SFT", **metrics, **trained})
 
     def _log_examples(self, t: int, table: pa.Table) -> None:
-        chat = self._facts.chat
-        rows = [[t, *(chat.decode(row[name]) for name in ("prompt_ids", "real_ids", "generated_ids"))] for row in table.slice(0, 8).to_pylist()]
+        texts = ("prompt_ids", "real_ids", "generated_ids")
+        rows = [[t, *(self._facts.chat.decode(row[name]) for name in texts)] for row in table.slice(0, 8).to_pylist()]
         self._tracker.table("pairs", ["iteration", "prompt", "real", "generated"], rows)
 
 
 def _probe_pair(prompt: Prompt, version: int) -> Pair:
-    """The real answer as a pair whose generated answer is its end token alone; only the real half is compared."""
-    zeros = np.zeros(len(prompt.real_ids), np.float32)
-    return Pair(prompt.prompt_id, version, version, version, prompt.prompt_ids, prompt.real_ids, prompt.real_ids[-1:], zeros, zeros[:1], "stop")
+    """The real answer as a pair without a generated one."""
+    zeros, none = np.zeros(len(prompt.real_ids), np.float32), np.zeros(0, np.int32)
+    return Pair(prompt.prompt_id, version, version, version, prompt.prompt_ids, prompt.real_ids, none, zeros, zeros[:0], "stop")
 

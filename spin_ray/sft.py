@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +33,7 @@ def run_sft(config: Config) -> None:
     facts = inspect_model(config)
     prompts, _ = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
     longest_sequence(prompts, 0, facts)
-    with ray_cluster(config, samplers=False) as hardware, ThreadPoolExecutor() as background:
+    with ray_cluster(config, samplers=False) as hardware:
         learner = Learner(
             WorkerArgs(
                 coordinator=None, model_path=facts.path, checkpoint_path=None, config=config.learner, hardware=hardware,
@@ -45,12 +44,13 @@ def run_sft(config: Config) -> None:
         tracker = Tracker(config, run.path)
         ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(_table(prompts))]))
         begun = time.monotonic()
-        with terminal, readable_disk_errors(run.path), written_whole(run.path / "model") as model, written_whole(run.path / "checkpoint") as saved:
+        with terminal, readable_disk_errors(run.path), written_whole(run.path / "model") as model, \
+                written_whole(run.path / "checkpoint") as saved:
             number = learner.post(Train(
                 iteration=0, block_sizes=(len(prompts),), num_epochs=config.sft.num_epochs, loss_fn=sft_loss, normalizer=num_real_tokens,
                 lr=config.sft.lr, shuffle_first_epoch=True, max_steps=config.run.max_steps,
             ))
-            follow(learner, number, background, functools.partial(_note_step, tracker, terminal))
+            follow(learner, number, functools.partial(_note_step, tracker, terminal))
             learner.run(Save(str(model), str(saved)))
         learner.stop()
         tracker.close(exit_code=0)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import ray
 
 from spin_ray.config import Config
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, RunStopped
 from spin_ray.placement import Hardware, choose_hardware
 
 MIN_LOCAL_CPUS = 2
@@ -37,7 +37,7 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
 def first_error(error: BaseException) -> BaseException:
     """Under the wrappings of Ray, Ray Data and Ray Train, the error that started it all."""
     seen = {id(error)}
-    while type(error) is not BadInput:
+    while not isinstance(error, (BadInput, RunStopped)) or isinstance(error, ray.exceptions.RayError):
         failures = getattr(error, "worker_failures", None) or {}
         inner = next(iter(failures.values()), None) or getattr(error, "cause", None) or error.__cause__
         if not isinstance(inner, BaseException) or id(inner) in seen:

@@ -13,7 +13,8 @@ PLAIN_EVERY_S = 20
 COLUMNS = (
     ("model", 10, "model"), ("exact_match_t1_share", 12, "match T=1"), ("exact_match_greedy_share", 14, "match greedy"),
     ("real_nll_nats_per_token", 10, "NLL/token"), ("same_as_real_share", 8, "y' == y"), ("truncated_share", 10, "truncated"),
-    ("generated_tokens", 9, "tokens y'"), ("loss", 8, "loss"), ("margin", 8, "margin"), ("train_s", 9, "train s"), ("waited_s", 9, "waited s"),
+    ("generated_tokens", 11, "tokens y'"), ("loss", 8, "loss"), ("margin", 8, "margin"),
+    ("train_s", 9, "train s"), ("waited_s", 10, "waited s"),
 )
 
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spin_ray.errors import RunStopped
 
-class AuditError(RuntimeError):
+
+class AuditError(RunStopped):
     """Sampler and learner disagree about the model; training on would be against a wrong opponent."""
 
 

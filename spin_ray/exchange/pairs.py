@@ -125,7 +125,8 @@ def rescore_pairs(plan: PlayPlan, index: int) -> list[Pair]:
     generated = plan.pool.score.remote(plan.version, questions, [pair.generated_ids for pair in pairs])
     return [
         replace(
-            pair, iteration=plan.iteration, scored_version=plan.version, opponent_real_logps=real_logps, opponent_generated_logps=generated_logps
+            pair, iteration=plan.iteration, scored_version=plan.version,
+            opponent_real_logps=real_logps, opponent_generated_logps=generated_logps,
         )
         for pair, real_logps, generated_logps in zip(pairs, *ray.get([real, generated]), strict=True)
     ]

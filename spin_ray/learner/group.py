@@ -6,7 +6,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import ray
 import ray.train
 import ray.train.torch
 
+from spin_ray.background import in_background
 from spin_ray.learner.coordinator import Coordinator, Failure
 from spin_ray.learner.loop import Stop, TrainReport, WorkerArgs, run_worker
 
@@ -67,12 +67,13 @@ class Learner:
         try:
             trainer.fit()
         except BaseException as error:  # handed to whoever waits for a result, which re-raises it
-            self.fail(error)
+            if ray.is_initialized():
+                self.fail(error)
 
 
-def follow(learner: Learner, number: int, background: ThreadPoolExecutor, note_step: Callable[[dict[str, Any]], None]) -> TrainReport:
+def follow(learner: Learner, number: int, note_step: Callable[[dict[str, Any]], None]) -> TrainReport:
     """Wait for a Train command, passing the steps' metrics on as they come."""
-    waiting: Future[TrainReport] = background.submit(learner.result, number)
+    waiting = in_background(learner.result, number)
     while True:
         finished = waiting.done()
         for record in ray.get(learner.coordinator.drain.remote()):

@@ -20,6 +20,7 @@ import ray
 
 from spin_ray.chatter import redirect_output
 from spin_ray.config import LearnerConfig
+from spin_ray.errors import RunStopped
 from spin_ray.learner.coordinator import Failure
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, from_table
@@ -102,7 +103,7 @@ class Stop:
     pass
 
 
-class FirstLossError(RuntimeError):
+class FirstLossError(RunStopped):
     """The first loss of an iteration is not l(0): sampler and learner do not see the same model or tokens."""
 
 

@@ -45,7 +45,8 @@ class Packed:
     num_pairs: int
 
     def to(self, device: torch.device) -> Packed:
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "starts", "predictor", "targets", "answer_of")}
+        tensors = ("input_ids", "position_ids", "starts", "predictor", "targets", "answer_of")
+        moved = {name: getattr(self, name).to(device) for name in tensors}
         trees = tuple(replace(tree, mask=None if tree.mask is None else tree.mask.to(device)) for tree in self.trees)
         return replace(self, trees=trees, **moved)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spin_ray.errors import RunStopped
 from spin_ray.records import Completion
 
 
@@ -27,7 +28,7 @@ class SamplingSettings:
     stop_ids: tuple[int, ...]
 
 
-class WrongVersion(RuntimeError):
+class WrongVersion(RunStopped):
     """A sampler was asked for a version that it does not hold (invariant 4)."""
 
 

@@ -1,0 +1,21 @@
+# PROFILE=cpu|gpu chooses vLLM's build; by default what the machine has.
+PROFILE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed-$(PROFILE)
+
+.PHONY: demo test lint setup
+demo: setup            ## three SPIN iterations on the embedded model and data
+	$(BIN)/python -m spin_ray run conf/demo.yaml
+
+test: setup            ## every test
+	$(BIN)/python -m pytest
+
+lint: setup            ## style and the things ruff knows to be wrong
+	$(BIN)/ruff check .
+
+setup: $(STAMP)        ## .venv with everything; seconds when nothing changed
+
+$(STAMP): pyproject.toml
+	PYTHON=$(PYTHON) PROFILE=$(PROFILE) ./cluster/setup.sh
+	touch $@

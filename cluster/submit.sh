@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Submit a run to a running Ray cluster and follow it: cluster/submit.sh conf/demo.yaml [key=value ...]
+#
+#   RAY_API_SERVER_ADDRESS  the cluster's dashboard (default http://127.0.0.1:8265)
+#   SPIN_PYTHON             interpreter on the cluster that has spin_ray (default: this checkout's .venv)
+#
+# Run directories go to ./runs unless run.dir=... is given; on several nodes it must be a path that all of them see.
+# The exit code is the job's: 0 finished, 2 bad input, 1 failed. Submit again to go on where a run stopped.
+set -euo pipefail
+[ $# -ge 1 ] || { sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${SPIN_PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || { echo "submit.sh: $python is not there; run make setup, or set SPIN_PYTHON" >&2; exit 2; }
+config=$(realpath "$1")
+shift
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}  # the default of `ray start --head`
+exec "$python" -m spin_ray.submit "$config" "run.dir=$PWD/runs" "$@"

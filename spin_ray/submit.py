@@ -1,0 +1,34 @@
+"""`python -m spin_ray.submit config.yaml [key=value ...]`: run it as a Ray job, follow its log, exit with its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+
+async def submit(arguments: list[str]) -> int:
+    """Submit `spin_ray run` with these arguments; returns the job's exit code (1 where the job died without one)."""
+    address = os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
+    client = JobSubmissionClient(address)
+    entrypoint = shlex.join([sys.executable, "-m", "spin_ray", "run", *arguments])
+    passed_on = {name: os.environ[name] for name in ("WANDB_MODE", "HF_HUB_OFFLINE") if name in os.environ}
+    job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": passed_on})
+    print(f"submitted {job} to {address}", flush=True)
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+    while not (status := client.get_job_status(job)).is_terminal():
+        await asyncio.sleep(0.5)
+    code = client.get_job_info(job).driver_exit_code
+    if status is JobStatus.SUCCEEDED:
+        return 0
+    return 1 if code is None or code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(submit(sys.argv[1:])))

@@ -1,0 +1,55 @@
+"""A learner's rank for test_learner.py: `python ranks.py MODEL OUT STAGE...` with RANK and WORLD_SIZE set.
+
+Takes three optimizer steps under every ZeRO stage, on batches whose packing is uneven, and writes rank 0's losses,
+gradient norms and weights to OUT/stage_K.pt.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from spin_ray.config import LearnerConfig
+from spin_ray.learner.engine import MainPlayer
+from spin_ray.losses import spin_loss
+from spin_ray.placement import Hardware
+from spin_ray.records import Pair
+
+HARDWARE = Hardware("cpu", "float32", 0, 0, 1e-3, True, 1, "gloo")
+
+
+def batch(seed: int, count: int) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for k in range(count):
+        lengths = rng.integers(2, [20, 30, 30])
+        ids = [rng.integers(5, 500, length).astype(np.int32) for length in lengths]
+        pairs.append(Pair(k, 0, 0, 0, *ids, *[-rng.random(n).astype(np.float32) for n in lengths[1:]], "stop"))
+    return pairs
+
+
+def main(model: str, out: Path, stage: int, optimizer: str) -> None:
+    config = LearnerConfig(zero_stage=stage, optimizer=optimizer, pack_tokens=60, grad_clip=0.5)
+    player = MainPlayer(model, config, HARDWARE)
+    player.begin_iteration()
+    loss_fn, steps = functools.partial(spin_loss, beta=0.1, nll_weight=0.1), []
+    for step, count in enumerate([9, 8, 1]):  # 9 and 1 do not divide by two ranks
+        pairs = batch(step, count)
+        steps.append(player.step(pairs, loss_fn=loss_fn, lr=1e-3, normalizer=len(pairs)))
+    logps = player.token_logps(batch(9, 2))
+    weights = {name: tensor for bucket in player.weights(bucket_bytes=20_000) for name, tensor in bucket}
+    player.save_checkpoint(out / f"checkpoint_{stage}")
+    player.load_checkpoint(out / f"checkpoint_{stage}")
+    player.export(out / f"model_{stage}", bucket_bytes=20_000)
+    if player.rank == 0:
+        torch.save({"steps": steps, "weights": weights, "logps": logps, "tied": player.tied_names}, out / f"stage_{stage}.pt")
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for stage in sys.argv[4:]:
+        main(sys.argv[1], Path(sys.argv[2]), int(stage), sys.argv[3])
+    dist.destroy_process_group()

@@ -1,0 +1,114 @@
+"""The real DeepSpeed learner on the CPU: ZeRO stages and numbers of workers agree with each other and with plain PyTorch."""
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import batch
+from transformers import AutoModelForCausalLM
+
+from spin_ray.learner import attention
+from spin_ray.learner.logps import PolicyLogps
+from spin_ray.learner.packing import pack
+from spin_ray.losses import PairLogps, spin_loss
+
+STAGES = (0, 2, 3)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(model: Path, out: Path, world_size: int, optimizer: str) -> dict[int, dict]:
+    """Run ranks.py on `world_size` processes under every ZeRO stage; returns what rank 0 wrote."""
+    out.mkdir()
+    common = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+              "WORLD_SIZE": str(world_size)}
+    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), str(model), str(out), optimizer, *map(str, STAGES)]
+    logs = [(out / f"rank_{rank}.log").open("w") for rank in range(world_size)]
+    ranks = [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT)
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [rank.wait(timeout=300) for rank in ranks]  # a hung collective ends here
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * world_size, (out / "rank_0.log").read_text()[-3000:]
+    return {stage: torch.load(out / f"stage_{stage}.pt", weights_only=False) for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def one_worker(tiny_model, tmp_path_factory):
+    return run_ranks(tiny_model(tied=True), tmp_path_factory.mktemp("one") / "out", 1, "adamw")
+
+
+@pytest.fixture(scope="module")
+def plain_torch(tiny_model):
+    """The same three steps with torch.optim, one micro-batch per step, no DeepSpeed."""
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model(tied=True), dtype=torch.float32, attn_implementation=attention.NAME)
+    policy = PolicyLogps(lm)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+    losses, norms = [], []
+    for step, count in enumerate([9, 8, 1]):
+        pairs = batch(step, count)
+        packed = pack(pairs, share_prompt=False)
+        sums = torch.zeros(2 * count).index_add(0, packed.answer_of, policy(packed)).view(count, 2)
+        opponent = torch.tensor([[p.opponent_real_logps.sum(), p.opponent_generated_logps.sum()] for p in pairs])
+        num_real = torch.tensor([len(p.real_ids) for p in pairs])
+        loss_fn = functools.partial(spin_loss, beta=0.1, nll_weight=0.1)
+        loss = loss_fn(PairLogps(*sums.T, *opponent.T, num_real))[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms, dict(lm.named_parameters())
+
+
+def close(left: dict, right: dict) -> None:
+    for ours, theirs in zip(left["steps"], right["steps"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert left["weights"].keys() == right["weights"].keys()
+    for name, weight in left["weights"].items():
+        # Where a gradient is almost 0, Adam makes a whole step of its rounding noise: compare the mean, at 1/1000 of a step.
+        assert (weight - right["weights"][name]).abs().mean() < 1e-6, name
+
+
+def test_steps_are_plain_pytorch_steps(one_worker, plain_torch):
+    losses, norms, weights = plain_torch
+    for stage in STAGES:
+        assert [step["loss"] for step in one_worker[stage]["steps"]] == pytest.approx(losses, rel=1e-4)
+        assert [step["grad_norm"] for step in one_worker[stage]["steps"]] == pytest.approx(norms, rel=1e-3)
+        for name, weight in one_worker[stage]["weights"].items():
+            assert (weight - weights[name].detach()).abs().mean() < 1e-6, name
+
+
+def test_zero_stages_agree(one_worker):
+    close(one_worker[0], one_worker[2])
+    close(one_worker[0], one_worker[3])
+
+
+def test_two_workers_equal_one(one_worker, tiny_model, tmp_path):
+    two = run_ranks(tiny_model(tied=True), tmp_path / "out", 2, "adamw")
+    for stage in STAGES:
+        close(one_worker[stage], two[stage])
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / f"model_{stage}", dtype=torch.float32)
+        for name, parameter in exported.named_parameters():
+            assert torch.equal(parameter.detach(), two[stage]["weights"][name]), name
+        assert two[stage]["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_rmsprop_runs_under_every_stage(tiny_model, tmp_path):
+    found = run_ranks(tiny_model(tied=False), tmp_path / "out", 1, "rmsprop")
+    for stage in (2, 3):
+        close(found[0], found[stage])
+    assert found[0]["tied"] == {}

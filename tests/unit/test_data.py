@@ -1,0 +1,160 @@
+"""Every format of SFT data, every rule about rows, and one clear line for whatever is wrong."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from spin_ray.chat import ChatFormat
+from spin_ray.config import DataConfig
+from spin_ray.data import load_prompts, to_messages
+from spin_ray.demo import resolve
+from spin_ray.errors import BadInput
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return ChatFormat(AutoTokenizer.from_pretrained(resolve("demo:base")))
+
+
+def load(path, chat, **options):
+    limit = options.pop("limit", 0)
+    return load_prompts(str(path), DataConfig(train=str(path), **options), chat, seed=0, limit=limit)
+
+
+def jsonl(tmp_path, *rows):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def texts(prompts, chat):
+    return sorted((chat.decode(p.prompt_ids), chat.decode(p.real_ids)) for p in prompts)
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [USER, ASSISTANT]},
+    {"real": [USER, ASSISTANT], "generated": [USER, {"role": "assistant", "content": "no"}]},
+    {"prompt": "Hi", "response": "Hello"},
+    {"prompt": "Hi", "completion": "Hello"},
+    {"prompt": [USER], "completion": [ASSISTANT]},
+    {"instruction": "Hi", "input": "", "output": "Hello"},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+], ids=["messages", "spin", "response", "completion", "conversational", "alpaca", "sharegpt"])
+def test_every_format_gives_the_same_messages(row):
+    assert to_messages(row) == [USER, ASSISTANT]
+
+
+def test_alpaca_input_follows_the_instruction():
+    assert to_messages({"instruction": "Add", "input": "1 2", "output": "3"})[0]["content"] == "Add\n\n1 2"
+
+
+def test_every_kind_of_file(tmp_path, chat):
+    rows = [{"messages": [USER, ASSISTANT]}, {"messages": [{"role": "user", "content": "Bye"}, ASSISTANT]}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(tmp_path / "saved_dict")
+    expected = texts(load(jsonl(tmp_path, *rows), chat)[0], chat)
+    assert len(expected) == 2
+    for name in ("data.json", "data.parquet", "saved", "saved_dict"):
+        assert texts(load(tmp_path / name, chat)[0], chat) == expected, name
+
+
+@pytest.mark.parametrize("which, number", [("last", 1), ("first", 1), ("all", 2)])
+def test_turns(tmp_path, chat, which, number):
+    system = {"role": "system", "content": "Be kind"}
+    row = {"messages": [system, USER, ASSISTANT, {"role": "user", "content": "More"}, {"role": "assistant", "content": "Again"}]}
+    prompts, _ = load(jsonl(tmp_path, row), chat, turns=which)
+    assert len(prompts) == number
+    answers = {chat.decode(p.real_ids) for p in prompts}
+    assert answers == {"last": {"Again"}, "first": {"Hello"}, "all": {"Hello", "Again"}}[which]
+    assert all(chat.decode(p.prompt_ids).startswith("Be kind") for p in prompts)
+
+
+@pytest.mark.parametrize("row, message", [
+    ('{"messages": [', "line 2: not valid JSON"),
+    ("[1, 2]", "line 2: expected an object, found list"),
+    ({"text": "x"}, "line 2: none of the known columns"),
+    ({"messages": []}, "line 2: messages must be a list"),
+    ({"messages": [USER]}, "line 2: no assistant answer"),
+    ({"messages": [ASSISTANT]}, "line 2: the dialogue begins with the assistant"),
+    ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "line 2: empty answer"),
+    ({"messages": [USER, {"role": "assistant"}]}, "needs a role and a content"),
+    ({"prompt": "Hi"}, "line 2: no response or completion"),
+    ({"prompt": "Hi", "response": 3}, "must be text, found int"),
+    ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown speaker 'bot'"),
+    ({"messages": [USER, {"role": "assistant", "content": "a<|end|>b"}]}, "contains the end-of-turn token"),
+])
+def test_bad_rows_are_refused_with_file_and_line(tmp_path, chat, row, message):
+    path = jsonl(tmp_path, {"messages": [USER, ASSISTANT]}, row)
+    with pytest.raises(BadInput) as caught:
+        load(path, chat)
+    assert str(path) in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_rows_can_be_dropped_and_are_counted(tmp_path, chat):
+    prompts, counts = load(jsonl(tmp_path, {"messages": [USER, ASSISTANT]}, {"prompt": "Hi"}, {"text": "x"}), chat, bad_rows="drop")
+    assert len(prompts) == 1 and counts["dropped_bad"] == 2 and counts["rows"] == 3
+
+
+def test_long_rows_are_counted_or_refused_never_cut(tmp_path, chat):
+    long_prompt = {"messages": [{"role": "user", "content": "Hi " * 50}, ASSISTANT]}
+    long_answer = {"messages": [USER, {"role": "assistant", "content": "Hello " * 50}]}
+    path = jsonl(tmp_path, {"messages": [USER, ASSISTANT]}, long_prompt, long_answer)
+    prompts, counts = load(path, chat, max_prompt_tokens=40, max_answer_tokens=40)
+    assert (len(prompts), counts["dropped_long_prompt"], counts["dropped_long_answer"]) == (1, 1, 1)
+    with pytest.raises(BadInput, match="line 2: prompt of .* tokens > data.max_prompt_tokens=40"):
+        load(path, chat, max_prompt_tokens=40, long_rows="refuse")
+
+
+def test_duplicates_are_counted(tmp_path, chat):
+    path = jsonl(tmp_path, *[{"messages": [USER, ASSISTANT]}] * 3)
+    prompts, counts = load(path, chat)
+    assert (len(prompts), counts["duplicates"]) == (1, 2)
+    prompts, counts = load(path, chat, duplicate_rows="keep")
+    assert (len(prompts), counts["duplicates"]) == (3, 2)
+
+
+def test_order_is_seeded_and_limited(tmp_path, chat):
+    path = jsonl(tmp_path, *[{"prompt": f"question {k}", "response": "Hello"} for k in range(20)])
+    first, again = load(path, chat)[0], load(path, chat)[0]
+    assert [p.prompt_ids.tolist() for p in first] == [p.prompt_ids.tolist() for p in again]
+    assert [p.prompt_id for p in first] == list(range(20))
+    assert [p.prompt_ids.tolist() for p in load(path, chat, limit=5)[0]] == [p.prompt_ids.tolist() for p in first[:5]]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.jsonl", None, "no such file"),
+    ("data.txt", b"x", "unknown kind of data file"),
+    ("data.json", b'{"a": 1}', "must hold one list of rows"),
+    ("data.parquet", b"not parquet", "not a readable Parquet file"),
+    ("empty.jsonl", b"\n\n", "no usable row is left"),
+])
+def test_unreadable_files(tmp_path, chat, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        load(tmp_path / name, chat)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=200), st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
+        st.sampled_from(["messages", "prompt", "response", "conversations", "from", "value", "role", "content", "real"]), inner, max_size=3)),
+    max_leaves=8).map(lambda value: json.dumps(value).encode())))
+def test_fuzz_loads_cleanly_or_says_one_line(tmp_path, chat, content):
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(content)
+    try:
+        load(path, chat, bad_rows="drop")
+    except BadInput as error:
+        assert str(path) in str(error)

@@ -1,0 +1,135 @@
+"""What crosses processes: tables, weight buckets, the audit, the run directory."""
+
+import dataclasses
+import errno
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from spin_ray.config import Config, DataConfig, ModelConfig, RunConfig
+from spin_ray.errors import BadInput
+from spin_ray.exchange import pairs as exchange
+from spin_ray.exchange.audit import Audit, AuditError, allowed_first_loss_deviation, compare
+from spin_ray.exchange.weights import from_bucket, to_bucket
+from spin_ray.manifest import RunDir, written_whole
+from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Pair, Prompt, from_table, to_table
+
+
+def same(left, right):
+    for field in dataclasses.fields(left):
+        a, b = getattr(left, field.name), getattr(right, field.name)
+        assert np.array_equal(a, b) and getattr(a, "dtype", None) == getattr(b, "dtype", None), field.name
+
+
+def test_pairs_survive_arrow_and_parquet(tmp_path, make_pairs):
+    pairs = make_pairs(5)
+    exchange.write_table(tmp_path / "b.parquet", to_table(pairs, PAIR_SCHEMA))
+    for before, after in zip(pairs, from_table(pq.read_table(tmp_path / "b.parquet").slice(0), Pair), strict=True):
+        same(before, after)
+    assert [p.name for p in tmp_path.iterdir()] == ["b.parquet"]
+
+
+def test_prompts_survive_arrow():
+    prompts = [Prompt(0, np.array([1, 2], np.int32), np.array([3], np.int32), "x"), Prompt(1, np.array([4], np.int32), np.array([5], np.int32))]
+    for before, after in zip(prompts, from_table(to_table(prompts, PROMPT_SCHEMA), Prompt), strict=True):
+        same(before, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bucket_round_trip_with_tied_name(dtype):
+    tensors = [("embed", torch.randn(7, 3).to(dtype)), ("norm", torch.randn(5).to(dtype)), ("scalar", torch.tensor(2.0))]
+    bucket = to_bucket(tensors)
+    bucket.data.flags.writeable = False  # as it comes out of the object store
+    found = list(from_bucket(bucket, {"head": "embed"}))
+    assert [name for name, _ in found] == ["embed", "head", "norm", "scalar"]
+    for (_, expected), (_, value) in zip([tensors[0], *tensors], found, strict=True):
+        assert value.dtype == expected.dtype and torch.equal(value, expected)
+
+
+def test_audit_reports_and_stops():
+    left = [np.array([-1.0, -2.0], np.float32), np.array([-3.0], np.float32)]
+    right = [np.array([-1.0, -2.3], np.float32), np.array([-3.0], np.float32)]
+    audit = compare(3, left, right, tolerance=0.2)
+    assert (audit.version, audit.num_tokens) == (3, 3)
+    assert audit.mean_nats == pytest.approx(0.1) and audit.max_nats == pytest.approx(0.3)
+    with pytest.raises(AuditError, match=r"version 3.* 0\.1 nats per token .*largest 0\.3.* tolerance 0\.05"):
+        compare(3, left, right, tolerance=0.05)
+    with pytest.raises(AuditError):
+        compare(3, left, [np.array([np.nan, 0.0]), right[1]], tolerance=0.2)
+
+
+def test_allowed_deviation_matches_its_worked_number():
+    assert allowed_first_loss_deviation(0.1, Audit(0, 0.0, 0.0, 1), 1e-3, 100) == pytest.approx(0.004)
+
+
+def config(tmp_path, **run) -> Config:
+    return Config(run=RunConfig(dir=str(tmp_path), name="r", **run), model=ModelConfig(path="m"), data=DataConfig(train="t"))
+
+
+def test_run_directory_refuses_another_config(tmp_path):
+    RunDir.open(config(tmp_path))
+    assert RunDir.open(config(tmp_path)).marks("iteration") == []
+    with pytest.raises(BadInput, match=r"another config \(run.seed: 0 -> 1\)"):
+        RunDir.open(config(tmp_path, seed=1))
+
+
+def test_manifest_believes_only_whole_lines(tmp_path):
+    run = RunDir.open(config(tmp_path))
+    run.mark("iteration", iteration=0)
+    with (run.path / "manifest.jsonl").open("a") as manifest:
+        manifest.write('{"stage": "iteration", "iter')
+    assert run.marks("iteration") == [{"stage": "iteration", "iteration": 0}]
+
+
+def test_mark_after_a_cut_line_is_believed(tmp_path):
+    run = RunDir.open(config(tmp_path))
+    (run.path / "manifest.jsonl").write_text('{"stage": "iter')
+    run.mark("iteration", iteration=0)
+    assert run.marks("iteration") == [{"stage": "iteration", "iteration": 0}]
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "file"
+    with pytest.raises(RuntimeError), written_whole(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("one", "two"):
+        with written_whole(target) as temporary:
+            temporary.write_text(content)
+    assert target.read_text() == "two"
+
+
+def test_full_disk_names_the_file_and_leaves_nothing(tmp_path, make_pairs, monkeypatch):
+    def full(table, path):
+        path.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exchange.pq, "write_table", full)
+    with pytest.raises(BadInput, match=r"b\.parquet: cannot be written: No space left on device"):
+        exchange.write_table(tmp_path / "b.parquet", to_table(make_pairs(1), PAIR_SCHEMA))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_of_an_iteration():
+    kinds = [(block.kind, block.index, block.size) for block in exchange.blocks_of_iteration(1, [4, 3], replay=True)]
+    assert kinds == [("replay", 0, 4), ("replay", 1, 3), ("block", 0, 4), ("block", 1, 3)]
+    assert [b.kind for b in exchange.blocks_of_iteration(0, [4, 3], replay=True)] == ["block", "block"]
+    assert [b.kind for b in exchange.blocks_of_iteration(1, [4, 3], replay=False)] == ["block", "block"]
+
+
+def test_block_of_another_version_is_refused(tmp_path, make_pairs):
+    plan = exchange.PlayPlan(RunDir(tmp_path), None, 1, None)
+    table = to_table([dataclasses.replace(pair, iteration=1, opponent_version=0, scored_version=1) for pair in make_pairs(3)], PAIR_SCHEMA)
+    exchange._check_block(plan, exchange.BlockSpec("replay", 0, 3), table)
+    for block in (exchange.BlockSpec("block", 0, 3), exchange.BlockSpec("replay", 0, 4)):
+        with pytest.raises(RuntimeError, match="expected"):
+            exchange._check_block(plan, block, table)
+
+
+def test_saved_config_is_plain_json(tmp_path):
+    run = RunDir.open(config(tmp_path))
+    assert json.loads((run.path / "config.json").read_text())["spin"]["beta"] == 0.1

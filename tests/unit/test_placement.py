@@ -1,0 +1,48 @@
+"""What runs where, decided from the cluster's resources alone."""
+
+import dataclasses
+
+import pytest
+
+from spin_ray.config import Config, LearnerConfig, ModelConfig, SamplerConfig
+from spin_ray.errors import BadInput
+from spin_ray.placement import choose_hardware
+
+
+def config(**parts) -> Config:
+    return dataclasses.replace(Config(), **parts)
+
+
+def test_cpu_machine():
+    hardware = choose_hardware(config(), {"CPU": 2})
+    assert (hardware.device, hardware.dtype, hardware.torch_backend) == ("cpu", "float32", "gloo")
+    assert (hardware.sampler_gpus, hardware.learner_gpus, hardware.play_tasks) == (0, 0, 5)
+    assert hardware.learner_env == {"DS_ACCELERATOR": "cpu"}
+
+
+def test_gpu_cluster():
+    hardware = choose_hardware(config(sampler=SamplerConfig(tensor_parallel_size=2)), {"CPU": 64, "GPU": 3})
+    assert (hardware.device, hardware.dtype, hardware.torch_backend) == ("cuda", "bfloat16", "nccl")
+    assert (hardware.sampler_gpus, hardware.learner_gpus) == (2, 1)
+    assert "enforce_eager" not in hardware.engine and hardware.learner_env == {}
+
+
+def test_too_many_actors_are_named_with_the_sum():
+    with pytest.raises(BadInput, match=r"2 CPU, this run needs 4\.6 = 8 samplers × 0\.5 \+ 1 learner × 0\.5 \+ 1 play task × 0\.1"):
+        choose_hardware(config(sampler=SamplerConfig(num_replicas=8)), {"CPU": 2})
+    with pytest.raises(BadInput, match="4 GPU, this run needs 5 = 1 sampler × 1 \\+ 4 learners × 1"):
+        choose_hardware(config(learner=LearnerConfig(num_workers=4)), {"CPU": 64, "GPU": 4})
+
+
+def test_only_the_players_of_the_command_count():
+    large = config(sampler=SamplerConfig(num_replicas=100))
+    assert choose_hardware(large, {"CPU": 2}, samplers=False).device == "cpu"
+    choose_hardware(config(learner=LearnerConfig(num_workers=64)), {"CPU": 2}, learner=False)
+
+
+def test_dtype_can_be_asked_for():
+    assert choose_hardware(config(model=ModelConfig(dtype="bfloat16")), {"CPU": 2}).audit_tolerance == 0.05
+
+
+def test_play_tasks_never_starve_the_actors():
+    assert choose_hardware(config(sampler=SamplerConfig(num_replicas=3, cpus_per_replica=0.4)), {"CPU": 2}).play_tasks == 3
