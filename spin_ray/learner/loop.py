@@ -109,7 +109,7 @@ class FirstLossError(RunStopped):
 
 def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
     """The `train_loop_per_worker` of the one TorchTrainer."""
-    import ray.train
+    import ray.train.torch
     import torch
 
     args = loop_config["args"]
@@ -119,6 +119,8 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
     from spin_ray.learner.engine import MainPlayer  # DeepSpeed reads the environment when it is imported
 
     torch.manual_seed(args.seed)
+    if args.hardware.device == "cuda":
+        torch.cuda.set_device(ray.train.torch.get_device())
     player = MainPlayer(args.model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
     if args.checkpoint_path:
         player.load_checkpoint(Path(args.checkpoint_path))

@@ -6,6 +6,7 @@ The only file that imports vLLM. Answers come out one by one, so a block never w
 from __future__ import annotations
 
 import queue
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from spin_ray.errors import RunStopped
 from spin_ray.records import Completion
@@ -45,6 +47,7 @@ class OpponentEngine:
         self.version = version
         self.num_generated_tokens = 0
         self._max_model_len = max_model_len
+        self._several_processes = settings.get("tensor_parallel_size", 1) > 1
         self._engine = LLMEngine.from_engine_args(EngineArgs(
             model=model_path, dtype=dtype, max_model_len=max_model_len, seed=seed, disable_log_stats=True, **settings
         ))
@@ -87,12 +90,21 @@ class OpponentEngine:
         def swap() -> None:
             while self._pending:
                 self._step()
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors()})
+            self._reload(tensors())
             self._engine.reset_prefix_cache()
             self.version = version
             future.set_result(version)
 
         return self._post(swap, future)
+
+    def _reload(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if not self._several_processes:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            return
+        # The ranks of a tensor-parallel engine are processes of their own: they read the weights from a file in memory.
+        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="spin_ray_weights_") as folder:
+            save_file({name: tensor.clone() for name, tensor in tensors}, f"{folder}/model.safetensors")
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
     def close(self) -> None:
         self._inbox.put(None)

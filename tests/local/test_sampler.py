@@ -59,13 +59,19 @@ def test_sampling_scoring_and_loading(opponent):
     np.testing.assert_allclose(after, transformers_logps(model, PROMPT, answer), atol=1e-4)
     assert np.abs(after - drawn[0].logps).mean() > 0.05  # the load did change the model
 
+    # The way of a tensor-parallel engine, whose ranks read a file: back to the first weights.
+    engine._several_processes = True
+    first = to_bucket((name, p.detach()) for name, p in AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    assert engine.load(2, lambda: from_bucket(first, tied_names)).result(60) == 2
+    np.testing.assert_allclose(engine.score(2, PROMPT, answer).result(60), drawn[0].logps, atol=1e-4)
+
     # invariant 4: never another version than asked for
-    with pytest.raises(WrongVersion, match="asked for opponent version 0, this sampler holds 1"):
+    with pytest.raises(WrongVersion, match="asked for opponent version 0, this sampler holds 2"):
         engine.sample(0, PROMPT, SAMPLED).result(60)
     with pytest.raises(ValueError, match="100 tokens leave no room"):
-        engine.sample(1, [3] * 100, SAMPLED).result(60)
+        engine.sample(2, [3] * 100, SAMPLED).result(60)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_new_tokens=8, stop_ids=(1,))
-    first, second = (engine.sample(1, PROMPT, greedy).result(60) for _ in range(2))
+    first, second = (engine.sample(2, PROMPT, greedy).result(60) for _ in range(2))
     assert first.token_ids.tolist() == second.token_ids.tolist()
 
 
@@ -76,9 +82,9 @@ def test_broken_engine_fails_every_caller(opponent, monkeypatch):
         raise RuntimeError("the engine core died")
 
     monkeypatch.setattr(engine._engine, "step", broken)
-    waiting = [engine.sample(1, PROMPT, SAMPLED), engine.score(1, PROMPT, [5, 6])]
+    waiting = [engine.sample(2, PROMPT, SAMPLED), engine.score(2, PROMPT, [5, 6])]
     for future in waiting:
         with pytest.raises(RuntimeError, match="the engine core died"):
             future.result(60)
     with pytest.raises(RuntimeError, match="the engine core died"):
-        engine.sample(1, PROMPT, SAMPLED).result(60)
+        engine.sample(2, PROMPT, SAMPLED).result(60)

@@ -104,7 +104,7 @@ def test_end_token_once_and_last(family):
 
 
 def test_end_token_text_inside_an_answer_is_refused(family):
-    golden, tok = family
+    _, tok = family
     chat = ChatFormat(tok)
     end = tok.convert_ids_to_tokens(chat.end_id)
     with pytest.raises(ValueError, match="end-of-turn token"):

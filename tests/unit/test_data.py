@@ -111,7 +111,7 @@ def test_long_rows_are_counted_or_refused_never_cut(tmp_path, chat):
     path = jsonl(tmp_path, {"messages": [USER, ASSISTANT]}, long_prompt, long_answer)
     prompts, counts = load(path, chat, max_prompt_tokens=40, max_answer_tokens=40)
     assert (len(prompts), counts["dropped_long_prompt"], counts["dropped_long_answer"]) == (1, 1, 1)
-    with pytest.raises(BadInput, match="line 2: prompt of .* tokens > data.max_prompt_tokens=40"):
+    with pytest.raises(BadInput, match=r"line 2: prompt of .* tokens > data.max_prompt_tokens=40"):
         load(path, chat, max_prompt_tokens=40, long_rows="refuse")
 
 

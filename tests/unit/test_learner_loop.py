@@ -1,6 +1,7 @@
 """The learner's order of things: batches, learning rate, the coordinator's contract. No Ray, no model."""
 
 import asyncio
+import itertools
 from collections import Counter
 
 import pytest
@@ -65,7 +66,7 @@ def test_max_steps():
 def test_learning_rate_rises_then_falls_to_almost_zero():
     rates = [learning_rate(step, 20, peak=1.0, warmup_fraction=0.1) for step in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(1 / 18)
-    assert all(later <= earlier for earlier, later in zip(rates[1:], rates[2:], strict=False)) and min(rates) > 0
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[1:])) and min(rates) > 0
     assert learning_rate(0, 1, peak=1.0, warmup_fraction=0.1) == 1.0
 
 

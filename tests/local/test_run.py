@@ -1,0 +1,218 @@
+"""The command line as a user runs it: real Ray, vLLM, DeepSpeed and W&B on the embedded model, on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "spin.num_iterations=2", "spin.num_epochs=1", "data.max_prompts=40", "data.max_eval_prompts=24",
+    "sampler.block_prompts=16", "learner.batch_pairs=16",
+]
+
+
+def spin_ray(*arguments: str, timeout: int = 420) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, "-m", "spin_ray", *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run_small(runs: Path, name: str, *more: str, **options) -> subprocess.CompletedProcess:
+    return spin_ray("run", "conf/demo.yaml", f"run.dir={runs}", f"run.name={name}", *SMALL, *more, **options)
+
+
+def manifest(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "manifest.jsonl").read_text().splitlines()]
+
+
+def metrics(run: Path, key: str) -> list:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record[key] for record in records if key in record]
+
+
+def snapshot(run: Path) -> dict[str, tuple[int, int]]:
+    """Size and modification time of every file of a run but its logs."""
+    files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.relative_to(run).parts]
+    return {str(path.relative_to(run)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run of two iterations with two sampler replicas."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = run_small(runs, "two", "sampler.num_replicas=2")
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    assert "finished: the model is" in done.stdout and "match T=1" in done.stdout
+    for noise in ("WARNING", "INFO", "vllm", "deepspeed", "raylet"):
+        assert noise not in done.stdout + done.stderr, f"{noise} on the user's terminal"
+    return runs / "two"
+
+
+def test_outputs_are_all_there(finished):
+    assert [mark["stage"] for mark in manifest(finished)] == [
+        "prepared", "evaluation", "iteration", "evaluation", "iteration", "evaluation", "finished",
+    ]
+    for name in ("config.json", "metrics.jsonl", "logs/sampler-0.log", "logs/sampler-1.log", "logs/learner-0.log", "logs/driver.log"):
+        assert (finished / name).stat().st_size > 0, name
+    assert list(finished.glob("wandb/offline-run-*/run-*.wandb"))
+    for t in (0, 1):
+        assert (finished / f"iter_00{t}/checkpoint/state").is_dir() and (finished / f"iter_00{t}/model/model.safetensors").is_file()
+
+
+def test_pairs_have_their_schema_and_versions_without_gap_or_duplicate(finished):
+    def rows(pattern):
+        return [row for path in sorted(finished.glob(pattern)) for row in pq.read_table(path).to_pylist()]
+
+    for t in (0, 1):
+        new = rows(f"iter_00{t}/pairs/block_*.parquet")
+        assert sorted(row["prompt_id"] for row in new) == list(range(40))
+        assert {(row["iteration"], row["opponent_version"], row["scored_version"]) for row in new} == {(t, t, t)}
+    replayed, written = rows("iter_001/pairs/replay_*.parquet"), rows("iter_000/pairs/block_*.parquet")
+    assert {(row["iteration"], row["opponent_version"], row["scored_version"]) for row in replayed} == {(1, 0, 1)}
+    assert [row["generated_ids"] for row in replayed] == [row["generated_ids"] for row in written]
+    assert [row["opponent_real_logps"] for row in replayed] != [row["opponent_real_logps"] for row in written]
+    assert list(written[0]) == [
+        "prompt_id", "iteration", "opponent_version", "scored_version", "prompt_ids", "real_ids", "generated_ids",
+        "opponent_real_logps", "opponent_generated_logps", "finish_reason",
+    ]
+    for row in written + replayed:
+        assert len(row["opponent_generated_logps"]) == len(row["generated_ids"]) and len(row["opponent_real_logps"]) == len(row["real_ids"])
+        assert (row["generated_ids"][-1] == 1) == (row["finish_reason"] == "stop") and row["real_ids"].count(1) == 1
+
+
+def test_first_loss_of_every_iteration_is_ln_2_and_the_audit_agrees(finished):
+    firsts = [mark["report"]["first_loss"] for mark in manifest(finished) if mark["stage"] == "iteration"]
+    assert firsts == pytest.approx([0.693147] * 2, abs=1e-4)
+    assert len(metrics(finished, "audit/mean_abs_logp_difference_nats")) == 3
+    assert max(metrics(finished, "audit/max_abs_logp_difference_nats")) < 1e-3
+
+
+def test_replay_doubles_the_pairs_of_iteration_1(finished):
+    assert [mark["report"]["num_pairs"] for mark in manifest(finished) if mark["stage"] == "iteration"] == [40, 80]
+
+
+def test_promised_metrics_are_logged(finished):
+    for key in (
+        "train/loss", "train/margin", "train/accuracy", "train/real_logp_change_nats", "train/generated_logp_change_nats", "train/grad_norm",
+        "train/lr", "train/pairs_per_s", "train/waited_s", "sampler/tokens_per_s", "sync/load_s", "sync/gib_per_s",
+        "audit/mean_abs_logp_difference_nats", "eval/real_nll_nats_per_token", "eval/exact_match_t1_share", "eval/exact_match_greedy_share",
+        "eval/generated_tokens", "eval/truncated_share", "eval/same_as_real_share",
+    ):
+        assert metrics(finished, key), key
+    assert len(metrics(finished, "eval/exact_match_t1_share")) == 3
+
+
+def test_exported_model_loads_in_transformers_and_gives_the_sampler_s_numbers(finished):
+    """iter_000/model is theta_1, which scored iteration 1's pairs in vLLM."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "iter_000/model", dtype=torch.float32)
+    assert AutoTokenizer.from_pretrained(finished / "iter_000/model").chat_template
+    for row in pq.read_table(finished / "iter_001/pairs/block_00000.parquet").to_pylist()[:4]:
+        ids = torch.tensor([row["prompt_ids"] + row["generated_ids"]])
+        logps = torch.log_softmax(model(ids).logits[0], -1)[len(row["prompt_ids"]) - 1 : -1]
+        expected = logps.gather(1, torch.tensor(row["generated_ids"])[:, None])[:, 0].detach()
+        np.testing.assert_allclose(row["opponent_generated_logps"], expected, atol=1e-4)
+
+
+def test_second_run_of_the_same_command_changes_nothing(finished):
+    before = snapshot(finished)
+    again = run_small(finished.parent, "two", "sampler.num_replicas=2")
+    assert again.returncode == 0 and "is finished" in again.stdout
+    assert snapshot(finished) == before
+
+
+def test_other_config_is_refused_with_the_difference(finished):
+    refused = run_small(finished.parent, "two", "sampler.num_replicas=2", "spin.beta=0.5")
+    assert refused.returncode == 2 and "spin.beta: 0.1 -> 0.5" in refused.stderr
+
+
+def test_unfinished_run_goes_on_where_it_was(finished):
+    """Take away what iteration 1 and later left, all but one of its blocks: the rest is done again, the block is not."""
+    run = finished.parent / "resumed"
+    shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    config["run"]["name"] = "resumed"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "manifest.jsonl").write_text("".join(json.dumps(mark) + "\n" for mark in manifest(run)[:3]) + '{"stage": "evalu')
+    shutil.rmtree(run / "iter_001/model")
+    for path in run.glob("iter_001/pairs/*.parquet"):
+        if path.name != "block_00000.parquet":
+            path.unlink()
+    kept = {name: stat for name, stat in snapshot(run).items() if name.startswith("iter_000/") or name == "iter_001/pairs/block_00000.parquet"}
+    done = run_small(finished.parent, "resumed", "sampler.num_replicas=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = snapshot(run)
+    assert {name: after[name] for name in kept} == kept
+    assert [mark["stage"] for mark in manifest(run)][3:] == ["evaluation", "iteration", "evaluation", "finished"]
+    assert manifest(run)[4]["report"]["first_loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert (run / "wandb_id").read_text() == (finished / "wandb_id").read_text()
+
+
+def test_own_model_folder_and_own_jsonl_sequential_two_workers(tiny_model, tmp_path):
+    """Nothing but model.path and data.train changed, plus what this test is about: sequential mode, two ZeRO-3 workers."""
+    rows = [{"prompt": f"What is {k}?", "response": f"It is {k}."} for k in range(24)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = spin_ray(
+        "run", "conf/demo.yaml", f"run.dir={tmp_path}", "run.name=own", f"model.path={tiny_model(tied=False)}", f"data.train={tmp_path / 'own.jsonl'}",
+        "data.eval=''", "overlap.mode=sequential", "learner.num_workers=2", "learner.zero_stage=3", "learner.batch_pairs=8", "spin.num_iterations=1",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = next(mark["report"] for mark in manifest(tmp_path / "own") if mark["stage"] == "iteration")
+    assert report["first_loss"] == pytest.approx(0.693147, abs=1e-4) and report["num_pairs"] == 2 * 24
+
+
+def test_sft_then_eval(tmp_path):
+    common = [f"run.dir={tmp_path}", "data.max_eval_prompts=16"]
+    trained = spin_ray("sft", "conf/demo_sft.yaml", *common, "run.name=sft", "data.max_prompts=64", "sft.num_epochs=2")
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    nll = metrics(tmp_path / "sft", "train/real_nll_nats_per_token")
+    assert len(nll) == 4
+    judged = spin_ray("eval", "conf/demo_sft.yaml", *common, "run.name=eval", f"model.path={tmp_path}/sft/model")
+    assert judged.returncode == 0, judged.stderr[-3000:]
+    found = json.loads(judged.stdout.splitlines()[-1])
+    assert found["num_prompts"] == 16 and 0 < found["real_nll_nats_per_token"] < 3
+
+
+BAD_INPUT = {
+    "no_model": (["model.path=/no/such/model"], "no model with a tokenizer can be loaded"),
+    "no_data": (["data.train=/no/such.jsonl"], "no such file"),
+    "typo": (["spin.betta=1"], "nearest known key is spin.beta"),
+    "batch": (["learner.num_workers=3"], "32 = 10 × 3 + 2"),
+    "too_many": (["sampler.num_replicas=99"], "this run needs 50.1 = 99 samplers × 0.5"),
+    "too_long": (["sampler.max_new_tokens=5000"], "the model has 256 positions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
+    overrides, message = BAD_INPUT[case]
+    refused = spin_ray("run", "conf/demo.yaml", f"run.dir={tmp_path}", f"run.name={case}", *overrides, timeout=120)
+    assert refused.returncode == 2, refused.stderr[-2000:]
+    assert message in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_vocabularies_that_disagree_and_missing_template_are_refused(tiny_model, tmp_path):
+    def broken(name, change):
+        folder = tmp_path / name
+        shutil.copytree(tiny_model(tied=True), folder)
+        change(folder)
+        return spin_ray("run", "conf/demo.yaml", f"run.dir={tmp_path}", f"run.name=r_{name}", f"model.path={folder}", timeout=120)
+
+    def shrink(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+
+    refused = broken("vocabulary", shrink)
+    assert refused.returncode == 2 and "the model only 100" in refused.stderr
+    refused = broken("template", lambda folder: (folder / "chat_template.jinja").unlink())
+    assert refused.returncode == 2 and "no chat template" in refused.stderr
