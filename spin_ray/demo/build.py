@@ -14,6 +14,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spin_ray.demo import HERE
 from spin_ray.demo.tasks import careless_answer, draw_task
 
-HERE = Path(__file__).parent
 NUM_TRAIN, NUM_HELDOUT = 800, 500
 CAREFUL_SHARE = 0.4
 VOCAB_SIZE = 1024
@@ -127,6 +128,14 @@ def build_base(tokenizer: PreTrainedTokenizerFast, num_steps: int, peak_lr: floa
     save(model, tokenizer, HERE / "base")
 
 
+def build_sft(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The model that SPIN starts from, by the project's own SFT."""
+    conf = HERE.parents[1] / "conf" / "demo_sft.yaml"
+    with tempfile.TemporaryDirectory() as runs:
+        subprocess.run([sys.executable, "-m", "spin_ray", "sft", str(conf), f"run.dir={runs}"], check=True)
+        save(LlamaForCausalLM.from_pretrained(f"{runs}/demo_sft/model"), tokenizer, HERE / "sft")
+
+
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save in bfloat16: half the size in the repository, exact in float32 when loaded."""
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -140,7 +149,7 @@ def main() -> None:
     build_data()
     tokenizer = build_tokenizer()
     build_base(tokenizer, num_steps=args.steps)
-    subprocess.run([sys.executable, "-m", "spin_ray", "sft", "conf/demo_sft.yaml"], check=True)
+    build_sft(tokenizer)
 
 
 if __name__ == "__main__":
