@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 def redirect_output(path: str | Path) -> None:
@@ -20,15 +23,31 @@ def redirect_output(path: str | Path) -> None:
     sys.stderr.reconfigure(line_buffering=True)
 
 
-def log_to_file(path: str | Path) -> None:
-    """Send every record of Python's logging in this process to a file and to no other place."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+@contextmanager
+def captured_output(path: str | Path) -> Iterator[TextIO]:
+    """While the body runs, send all that this process and its libraries print, and Python's logging, to a file.
+
+    Yields the standard output from before, for the one who may speak to the user.
+    """
+    saved = [os.dup(1), os.dup(2)]
+    try:
+        with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as to_user:
+            redirect_output(path)
+            _log_to_stderr_only()
+            yield to_user
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, original in enumerate(saved, start=1):
+            os.dup2(original, number)
+            os.close(original)
+
+
+def _log_to_stderr_only() -> None:
+    """One handler for every logger: libraries' own ones may hold on to other streams."""
     for logger in (logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)):
         for old in list(logger.handlers):
             logger.removeHandler(old)
         logger.propagate = True
-    logging.root.addHandler(handler)
-    logging.root.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)

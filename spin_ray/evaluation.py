@@ -11,13 +11,12 @@ import numpy as np
 import ray
 
 from spin_ray.chat import ChatFormat
-from spin_ray.chatter import log_to_file
+from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import load_prompts
 from spin_ray.errors import BadInput
 from spin_ray.model import inspect_model, longest_sequence
-from spin_ray.records import Completion, Prompt
-from spin_ray.sampler.engine import SamplingSettings
+from spin_ray.records import Completion, Prompt, SamplingSettings
 from spin_ray.sampler.pool import sampling_settings, start_opponent
 from spin_ray.system import ray_cluster
 
@@ -27,14 +26,14 @@ def run_eval(config: Config) -> None:
     if not config.data.eval:
         raise BadInput("data.eval is not set; eval needs held-out data")
     logs = config.run_path / "logs"
-    log_to_file(logs / "eval.log")
-    facts = inspect_model(config)
-    prompts, _ = load_prompts(config.data.eval, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_eval_prompts)
-    max_model_len = longest_sequence(prompts, config.sampler.max_new_tokens, facts)
-    with ray_cluster(config, learner=False) as hardware:
-        pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs)
-        metrics = evaluate(pool, 0, prompts, facts.chat, sampling_settings(config, facts.chat))
-    print(json.dumps({"model": facts.path, "num_prompts": len(prompts), **metrics}))
+    with captured_output(logs / "eval.log") as to_user:
+        facts = inspect_model(config)
+        prompts, _ = load_prompts(config.data.eval, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_eval_prompts)
+        max_model_len = longest_sequence(prompts, config.sampler.max_new_tokens, facts)
+        with ray_cluster(config, learner=False) as hardware:
+            pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs)
+            metrics = evaluate(pool, 0, prompts, facts.chat, sampling_settings(config, facts.chat))
+        print(json.dumps({"model": facts.path, "num_prompts": len(prompts), **metrics}), file=to_user)
 
 
 def evaluate(pool: Any, version: int, prompts: Sequence[Prompt], chat: ChatFormat, settings: SamplingSettings) -> dict[str, float]:

@@ -26,21 +26,29 @@ class RunDir:
 
     @classmethod
     def open(cls, config: Config) -> RunDir:
-        """Raises BadInput if the directory cannot be written or belongs to a run with another config."""
+        """Raises BadInput if the directory cannot be written or holds the work of a run with another config.
+
+        One that holds no work yet, because an earlier try ended in bad input, is simply started over.
+        """
         run = cls(config.run_path)
         saved = run.path / "config.json"
-        with readable_disk_errors(run.path):
-            run.logs.mkdir(parents=True, exist_ok=True)
-            if not saved.exists():
-                with written_whole(saved) as temporary:
-                    temporary.write_text(to_json(config))
-        changed = differences(config, json.loads(saved.read_text()))
-        if changed:
+        changed = differences(config, json.loads(saved.read_text())) if saved.exists() else []
+        if changed and run._has_work():
             raise BadInput(
                 f"{run.path} belongs to a run with another config ({'; '.join(changed)}); "
                 "choose another run.name, or delete the directory to start over"
             )
+        with readable_disk_errors(run.path):
+            run.logs.mkdir(parents=True, exist_ok=True)
+            if changed:
+                (run.path / "manifest.jsonl").unlink(missing_ok=True)
+            if changed or not saved.exists():
+                with written_whole(saved) as temporary:
+                    temporary.write_text(to_json(config))
         return run
+
+    def _has_work(self) -> bool:
+        return any(self.path.glob("iter_*")) or (self.path / "model").exists()
 
     @property
     def logs(self) -> Path:

@@ -28,6 +28,18 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class SamplingSettings:
+    """How an answer is drawn."""
+
+    temperature: float
+    """0: greedy."""
+    top_p: float
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    """Tokens that end an answer."""
+
+
+@dataclass(frozen=True)
 class Completion:
     """One answer drawn by the opponent."""
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import ray
 
 from spin_ray.background import in_background
-from spin_ray.chatter import log_to_file
+from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import load_prompts
 from spin_ray.evaluation import evaluate
@@ -47,12 +47,16 @@ from spin_ray.tracking import Tracker
 
 def run_spin(config: Config) -> None:
     """Play all iterations of a run, going on where an earlier one stopped; returns when the run is finished."""
-    terminal = Terminal()
     run = RunDir.open(config)
+    with captured_output(run.logs / "driver.log") as to_user:
+        _run(config, run, Terminal(to_user))
+
+
+def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
+    last_model = run.model(config.spin.num_iterations - 1)
     if run.marks("finished"):
-        terminal.say(f"{run.path} is finished; the model is {run.model(config.spin.num_iterations - 1)}")
+        terminal.say(f"{run.path} is finished; the model is {last_model}")
         return
-    log_to_file(run.logs / "driver.log")
     facts = inspect_model(config)
     prepared = prepare(config, run, facts, terminal)
     max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens, facts)
@@ -69,7 +73,7 @@ def run_spin(config: Config) -> None:
             tracker.close(exit_code=1)
             raise
         tracker.close(exit_code=0)
-    terminal.say(f"finished: the model is {run.model(config.spin.num_iterations - 1)}")
+    terminal.say(f"finished: the model is {last_model}")
 
 
 @dataclass(frozen=True)

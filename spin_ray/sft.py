@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from spin_ray.chatter import log_to_file
+from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import load_prompts
 from spin_ray.learner.group import Learner, follow
@@ -25,11 +25,15 @@ from spin_ray.tracking import Tracker
 
 def run_sft(config: Config) -> None:
     """Train `model.path` on `data.train`; the model is written to runs/<name>/model."""
-    terminal, run = Terminal(), RunDir.open(config)
+    run = RunDir.open(config)
+    with captured_output(run.logs / "driver.log") as to_user:
+        _train(config, run, Terminal(to_user))
+
+
+def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     if run.marks("finished"):
         terminal.say(f"{run.path} is finished; the model is {run.path / 'model'}")
         return
-    log_to_file(run.logs / "driver.log")
     facts = inspect_model(config)
     prompts, _ = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
     longest_sequence(prompts, 0, facts)

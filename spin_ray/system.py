@@ -27,7 +27,11 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
         ray.init(log_to_driver=False, configure_logging=False)
     else:
         cpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS)
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray.init(
+            "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False,
+            # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
+            _system_config={"idle_worker_killing_time_threshold_ms": 3_600_000},
+        )
     try:
         yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,8 +21,8 @@ COLUMNS = (
 class Terminal:
     """On a terminal the players' lines are redrawn in place; in a log file each is printed now and then."""
 
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, emoji=False)
+    def __init__(self, file: TextIO) -> None:
+        self._console = Console(file=file, highlight=False, emoji=False)
         columns = TextColumn("{task.description:<12}"), BarColumn(24), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._tasks = {player: self._live.add_task(player, total=1, text="") for player in ("opponent", "main player")}

@@ -24,8 +24,7 @@ import ray.data
 
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.placement import PLAY_TASK_CPUS
-from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, from_table, to_table
-from spin_ray.sampler.engine import SamplingSettings
+from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, SamplingSettings, from_table, to_table
 
 
 @dataclass(frozen=True)

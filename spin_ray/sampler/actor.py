@@ -13,8 +13,8 @@ import numpy as np
 
 from spin_ray.chatter import redirect_output
 from spin_ray.exchange.weights import PublishedWeights, from_bucket
-from spin_ray.records import Completion
-from spin_ray.sampler.engine import OpponentEngine, SamplingSettings
+from spin_ray.records import Completion, SamplingSettings
+from spin_ray.sampler.engine import OpponentEngine
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from spin_ray.errors import RunStopped
-from spin_ray.records import Completion
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    temperature: float
-    """0: greedy."""
-    top_p: float
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
+from spin_ray.records import Completion, SamplingSettings
 
 
 class WrongVersion(RunStopped):

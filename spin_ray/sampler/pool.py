@@ -17,9 +17,8 @@ from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.exchange.weights import PublishedWeights
 from spin_ray.placement import Hardware
-from spin_ray.records import Completion
+from spin_ray.records import Completion, SamplingSettings
 from spin_ray.sampler.actor import Sampler, SamplerArgs
-from spin_ray.sampler.engine import SamplingSettings
 
 
 def start_opponent(config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path) -> Any:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from spin_ray.config import Config
 from spin_ray.exchange.weights import from_bucket, to_bucket
 from spin_ray.placement import choose_hardware
-from spin_ray.sampler.engine import OpponentEngine, SamplingSettings, WrongVersion
+from spin_ray.records import SamplingSettings
+from spin_ray.sampler.engine import OpponentEngine, WrongVersion
 
 PROMPT = [3, 50, 60, 70, 1, 4]
 SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=24, stop_ids=tuple(range(1, 30)))

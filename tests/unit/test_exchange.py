@@ -69,8 +69,15 @@ def config(tmp_path, **run) -> Config:
     return Config(run=RunConfig(dir=str(tmp_path), name="r", **run), model=ModelConfig(path="m"), data=DataConfig(train="t"))
 
 
-def test_run_directory_refuses_another_config(tmp_path):
-    RunDir.open(config(tmp_path))
+def test_run_directory_without_work_takes_a_corrected_config(tmp_path):
+    RunDir.open(config(tmp_path)).mark("prepared", block_sizes=[1])
+    assert RunDir.open(config(tmp_path)).marks("prepared")
+    assert RunDir.open(config(tmp_path, seed=1)).marks("prepared") == []
+
+
+def test_run_directory_with_work_refuses_another_config(tmp_path):
+    run = RunDir.open(config(tmp_path))
+    run.model(0).mkdir(parents=True)
     assert RunDir.open(config(tmp_path)).marks("iteration") == []
     with pytest.raises(BadInput, match=r"another config \(run.seed: 0 -> 1\)"):
         RunDir.open(config(tmp_path, seed=1))
