@@ -177,7 +177,7 @@ def test_sft_then_eval(tmp_path):
     assert trained.returncode == 0, trained.stderr[-3000:]
     nll = metrics(tmp_path / "sft", "train/real_nll_nats_per_token")
     assert len(nll) == 4
-    judged = spin_ray("eval", "conf/demo_sft.yaml", *common, "run.name=eval", f"model.path={tmp_path}/sft/model")
+    judged = spin_ray("eval", "conf/demo.yaml", *common, "run.name=eval", f"model.path={tmp_path}/sft/model")
     assert judged.returncode == 0, judged.stderr[-3000:]
     found = json.loads(judged.stdout.splitlines()[-1])
     assert found["num_prompts"] == 16 and 0 < found["real_nll_nats_per_token"] < 3
