@@ -39,6 +39,7 @@ class ChatFormat:
         closing = [i for i in suffix if i in special]
         if not closing and tokenizer.eos_token_id is None:
             raise BadInput(f"{name}: neither the chat template nor the tokenizer has a token that ends an answer")
+        self._closes = bool(closing)
         self.end_id: int = closing[0] if closing else tokenizer.eos_token_id
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stop_ids: frozenset[int] = frozenset([self.end_id, *eos, *eos_ids])
@@ -51,7 +52,7 @@ class ChatFormat:
         """
         prompt_ids, suffix = self._render(prompt, answer)
         ends = [k for k, token in enumerate(suffix) if token in self.stop_ids]
-        if len(ends) > 1:
+        if len(ends) > self._closes:
             raise ValueError(f"the answer contains the end-of-turn token {self._tokenizer.convert_ids_to_tokens(self.end_id)}")
         return prompt_ids, suffix[: ends[0] + 1] if ends else [*suffix, self.end_id]
 

@@ -347,6 +347,6 @@ def _flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_json(config: Config) -> str:
-    """The resolved config as indented JSON, for config.json."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+def to_json(config: Config, command: str) -> str:
+    """The resolved config and the command that uses it as indented JSON, for config.json."""
+    return json.dumps({"command": command, **dataclasses.asdict(config)}, indent=2) + "\n"

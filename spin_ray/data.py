@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,19 @@ def load_prompts(source: str, config: DataConfig, chat: ChatFormat, *, seed: int
             if key in seen and config.duplicate_rows == "drop":
                 continue
             seen.add(key)
-            answer = row.get("answer") if isinstance(row.get("answer"), str) else None
+            answer = None if row.get("answer") is None else str(row["answer"])
             prompts.append((np.array(prompt_ids, np.int32), np.array(real_ids, np.int32), answer))
     if not prompts:
-        raise BadInput(f"{source}: no usable row is left ({_counted(counts)})")
+        raise BadInput(f"{counted(source, counts)}; no usable row is left")
     order = np.random.default_rng(seed).permutation(len(prompts))[: limit or None]
     counts["kept"] = len(order)
     chosen = [Prompt(k, *prompts[i]) for k, i in enumerate(order)]
     return chosen, dict(counts)
 
 
-def _counted(counts: Counter) -> str:
-    return ", ".join(f"{name} {number}" for name, number in counts.items())
+def counted(source: str, counts: Mapping[str, int]) -> str:
+    """One line for the user: what became of a source's rows."""
+    return f"{source}: " + ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())
 
 
 def _too_long(prompt_ids: list[int], real_ids: list[int], config: DataConfig) -> str | None:

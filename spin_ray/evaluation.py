@@ -28,12 +28,12 @@ def run_eval(config: Config) -> None:
     logs = config.run_path / "logs"
     with captured_output(logs / "eval.log") as to_user:
         facts = inspect_model(config)
-        prompts, _ = load_prompts(config.data.eval, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_eval_prompts)
+        prompts, counts = load_prompts(config.data.eval, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_eval_prompts)
         max_model_len = longest_sequence(prompts, config.sampler.max_new_tokens, facts)
         with ray_cluster(config, learner=False) as hardware:
             pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs)
             metrics = evaluate(pool, 0, prompts, facts.chat, sampling_settings(config, facts.chat))
-        print(json.dumps({"model": facts.path, "num_prompts": len(prompts), **metrics}), file=to_user)
+        print(json.dumps({"model": facts.path, "num_prompts": len(prompts), "rows": counts, **metrics}), file=to_user)
 
 
 def evaluate(pool: Any, version: int, prompts: Sequence[Prompt], chat: ChatFormat, settings: SamplingSettings) -> dict[str, float]:

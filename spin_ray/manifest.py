@@ -6,6 +6,8 @@ Readers believe only the mark (and a block's final name, which is a mark of its 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +19,8 @@ from typing import Any
 from spin_ray.config import Config, differences, to_json
 from spin_ray.errors import BadInput
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
+
 
 class RunDir:
     """runs/<name>. `open` makes it, or takes up the one that an earlier, equal run left behind."""
@@ -25,14 +29,16 @@ class RunDir:
         self.path = path
 
     @classmethod
-    def open(cls, config: Config) -> RunDir:
+    def open(cls, config: Config, command: str) -> RunDir:
         """Raises BadInput if the directory cannot be written or holds the work of a run with another config.
 
         One that holds no work yet, because an earlier try ended in bad input, is simply started over.
         """
         run = cls(config.run_path)
         saved = run.path / "config.json"
-        changed = differences(config, json.loads(saved.read_text())) if saved.exists() else []
+        before = json.loads(saved.read_text()) if saved.exists() else {}
+        other_command = before.pop("command", command) != command
+        changed = [f"command: now {command}"] * other_command + (differences(config, before) if before else [])
         if changed and run._has_work():
             raise BadInput(
                 f"{run.path} belongs to a run with another config ({'; '.join(changed)}); "
@@ -44,8 +50,23 @@ class RunDir:
                 (run.path / "manifest.jsonl").unlink(missing_ok=True)
             if changed or not saved.exists():
                 with written_whole(saved) as temporary:
-                    temporary.write_text(to_json(config))
+                    temporary.write_text(to_json(config, command))
         return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of this directory; the lock goes with the process, however it ends.
+
+        Raises BadInput if another one holds it. Removes what a killed process left half-written.
+        """
+        with (self.path / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BadInput(f"{self.path}: another process is working on this run; follow or end that one first") from error
+            for leftover in self.path.rglob(".*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield
 
     def _has_work(self) -> bool:
         return any(self.path.glob("iter_*")) or (self.path / "model").exists()
@@ -98,6 +119,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
+        if temporary.is_file():
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -112,6 +136,8 @@ def readable_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
         raise BadInput(
             f"{path}: cannot be written: {error.strerror or error}; make room or change run.dir, then run the same command: "
             "everything finished so far is kept"

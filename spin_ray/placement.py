@@ -19,7 +19,7 @@ PLAY_TASK_CPUS = 0.1
 @dataclass(frozen=True)
 class Hardware:
     device: str
-    """"cuda" or "cpu"."""
+    """The learner's: "cuda" or "cpu"."""
     dtype: str
     """"bfloat16" or "float32": the weights as the sampler and the learner's forward pass see them."""
     sampler_gpus: int
@@ -55,20 +55,25 @@ def choose_hardware(config: Config, total: Mapping[str, float], *, samplers: boo
         sampler_gpus = sampler.tensor_parallel_size if on_gpus else 0
     learner_gpus = config.learner.gpus_per_worker if config.learner.gpus_per_worker is not None else int(on_gpus)
     cpus = [("sampler", num_replicas, sampler.cpus_per_replica), ("learner", num_workers, config.learner.cpus_per_worker)]
+    if sampler_gpus not in (0, sampler.tensor_parallel_size) or (sampler_gpus == 0 and sampler.tensor_parallel_size > 1):
+        raise BadInput(
+            f"sampler.gpus_per_replica={sampler_gpus} does not go with sampler.tensor_parallel_size={sampler.tensor_parallel_size}; "
+            "a replica takes as many GPUs as share its model"
+        )
     _check_fits("GPU", total, [("sampler", num_replicas, sampler_gpus), ("learner", num_workers, learner_gpus)])
     _check_fits("CPU", total, [*cpus, ("play task", 1, PLAY_TASK_CPUS)])
     blocks_per_engine = -(-sampler.max_num_seqs // sampler.block_prompts)
     free_cpus = total["CPU"] - sum(number * each for _, number, each in cpus)
     play_tasks = min(num_replicas * blocks_per_engine + 1, int(free_cpus / PLAY_TASK_CPUS + 1e-6))
-    dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if on_gpus else "float32")
+    dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if sampler_gpus and learner_gpus else "float32")
     tolerance = config.audit.tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
     gpu_engine = {"gpu_memory_utilization": sampler.gpu_memory_utilization}
     cpu_env = {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1",
     }
     return Hardware(
-        device="cuda" if on_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
-        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not on_gpus, play_tasks=play_tasks,
+        device="cuda" if learner_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
+        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not learner_gpus, play_tasks=play_tasks,
         torch_backend="nccl" if learner_gpus else "gloo",
         engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
         sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,8 @@ import ray
 from spin_ray.background import in_background
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
-from spin_ray.data import load_prompts
+from spin_ray.data import counted, load_prompts
+from spin_ray.errors import BadInput
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, allowed_first_loss_deviation, compare
 from spin_ray.exchange.pairs import PlayPlan, blocks_of_iteration, play, stream_to_learner, write_prompts, write_table
@@ -47,8 +49,8 @@ from spin_ray.tracking import Tracker
 
 def run_spin(config: Config) -> None:
     """Play all iterations of a run, going on where an earlier one stopped; returns when the run is finished."""
-    run = RunDir.open(config)
-    with captured_output(run.logs / "driver.log") as to_user:
+    run = RunDir.open(config, "run")
+    with run.locked(), captured_output(run.logs / "driver.log") as to_user:
         _run(config, run, Terminal(to_user))
 
 
@@ -64,15 +66,9 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
         hardware = stack.enter_context(ray_cluster(config))
         blocks = len(prepared.block_sizes)
         terminal.say(f"{run.path}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
-        players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len))
-        tracker = Tracker(config, run.path)
-        try:
-            with terminal:
-                SelfPlay(config, run, facts, prepared, hardware, players, tracker, terminal).play()
-        except BaseException:
-            tracker.close(exit_code=1)
-            raise
-        tracker.close(exit_code=0)
+        players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len, terminal))
+        with Tracker(config, run.path) as tracker, terminal:
+            SelfPlay(config, run, facts, prepared, hardware, players, tracker, terminal).play()
     terminal.say(f"finished: the model is {last_model}")
 
 
@@ -97,9 +93,9 @@ def prepare(config: Config, run: RunDir, facts: ModelFacts, terminal: Terminal) 
     heldout, heldout_counts = [], {}
     if data.eval:
         heldout, heldout_counts = load_prompts(data.eval, data, facts.chat, seed=config.run.seed, limit=data.max_eval_prompts)
-    for source, counted in ((data.train, counts), (data.eval, heldout_counts)):
-        if counted:
-            terminal.say(f"{source}: " + ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counted.items()))
+    terminal.say(counted(data.train, counts))
+    if data.eval:
+        terminal.say(counted(data.eval, heldout_counts))
     sizes = write_prompts(run, train, config.sampler.block_prompts)
     write_table(run.heldout(), to_table(heldout, PROMPT_SCHEMA))
     run.mark("prepared", block_sizes=sizes, train=counts, heldout=heldout_counts)
@@ -114,21 +110,28 @@ class Players:
 
 
 @contextmanager
-def start_players(config: Config, run: RunDir, facts: ModelFacts, hardware: Hardware, max_model_len: int) -> Iterator[Players]:
+def start_players(
+    config: Config, run: RunDir, facts: ModelFacts, hardware: Hardware, max_model_len: int, terminal: Terminal
+) -> Iterator[Players]:
     """Start opponent and main player side by side from the newest finished version."""
     version = len(run.marks("iteration"))
     model_path = str(run.model(version - 1)) if version else facts.path
     checkpoint = run.checkpoint(version - 1) if version else None
+    if checkpoint and not checkpoint.exists():
+        raise BadInput(f"{checkpoint}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
     pool = start_opponent(config, model_path, version, hardware, max_model_len=max_model_len, logs=run.logs)
     learner = Learner(
         WorkerArgs(
-            coordinator=None, model_path=model_path, checkpoint_path=str(checkpoint) if checkpoint and checkpoint.exists() else None,
+            coordinator=None, model_path=model_path, checkpoint_path=str(checkpoint) if checkpoint else None,
             config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code, seed=config.run.seed,
             log_dir=str(run.logs),
         ),
         storage=run.logs / "ray_train",
     )
-    ray.get(pool.ready.remote())
+    ready = pool.ready.remote()
+    while not ray.wait([ready], timeout=60)[0]:
+        terminal.say(f"still waiting for {config.sampler.num_replicas} sampler replicas; free resources: {ray.available_resources()}")
+    ray.get(ready)
     yield Players(pool, learner)
     learner.stop()
 
@@ -196,7 +199,7 @@ class SelfPlay:
         config, spin = self._config, self._config.spin
         blocks = blocks_of_iteration(t, self._prepared.block_sizes, replay=spin.replay)
         tokens_per_pair = 2 * float(np.mean([len(prompt.real_ids) for prompt in self._prepared.train]))
-        deviation = allowed_first_loss_deviation(config.beta(t), audit, self._hardware.audit_tolerance, tokens_per_pair)
+        deviation = allowed_first_loss_deviation(config.beta(t), audit, tokens_per_pair)
         number = self._learner.post(Train(
             iteration=t, block_sizes=tuple(block.size for block in blocks), num_epochs=spin.num_epochs,
             loss_fn=functools.partial(spin_loss, beta=config.beta(t), loss=spin.loss, nll_weight=spin.nll_weight),
@@ -245,6 +248,8 @@ class SelfPlay:
         facts = {"pairs_per_s": report.num_pairs / report.wall_s, "tokens_per_s": report.num_tokens / report.wall_s, "sync_s": sync_s}
         self._tracker.log("iteration", {**asdict(report), **facts}, iteration=t, opponent_version=t + 1)
         self._run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
+        if t > 0:  # only the newest is ever used
+            shutil.rmtree(self._run.checkpoint(t - 1))
         last = self._last_metrics
         return {"loss": last["loss"], "margin": last["margin"], "train_s": report.wall_s, "waited_s": report.waited_s}
 

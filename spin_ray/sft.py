@@ -11,7 +11,7 @@ import ray
 
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
-from spin_ray.data import load_prompts
+from spin_ray.data import counted, load_prompts
 from spin_ray.learner.group import Learner, follow
 from spin_ray.learner.loop import Save, Train, WorkerArgs
 from spin_ray.losses import sft_loss
@@ -25,8 +25,8 @@ from spin_ray.tracking import Tracker
 
 def run_sft(config: Config) -> None:
     """Train `model.path` on `data.train`; the model is written to runs/<name>/model."""
-    run = RunDir.open(config)
-    with captured_output(run.logs / "driver.log") as to_user:
+    run = RunDir.open(config, "sft")
+    with run.locked(), captured_output(run.logs / "driver.log") as to_user:
         _train(config, run, Terminal(to_user))
 
 
@@ -35,8 +35,9 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
         terminal.say(f"{run.path} is finished; the model is {run.path / 'model'}")
         return
     facts = inspect_model(config)
-    prompts, _ = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
+    prompts, counts = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
     longest_sequence(prompts, 0, facts)
+    terminal.say(counted(config.data.train, counts))
     with ray_cluster(config, samplers=False) as hardware:
         learner = Learner(
             WorkerArgs(
@@ -48,16 +49,15 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
         tracker = Tracker(config, run.path)
         ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(_table(prompts))]))
         begun = time.monotonic()
-        with terminal, readable_disk_errors(run.path), written_whole(run.path / "model") as model, \
-                written_whole(run.path / "checkpoint") as saved:
+        with tracker, terminal:
             number = learner.post(Train(
                 iteration=0, block_sizes=(len(prompts),), num_epochs=config.sft.num_epochs, loss_fn=sft_loss, normalizer=num_real_tokens,
                 lr=config.sft.lr, shuffle_first_epoch=True, max_steps=config.run.max_steps,
             ))
             follow(learner, number, functools.partial(_note_step, tracker, terminal))
-            learner.run(Save(str(model), str(saved)))
+            with readable_disk_errors(run.path), written_whole(run.path / "model") as model:
+                learner.run(Save(str(model)))
         learner.stop()
-        tracker.close(exit_code=0)
     run.mark("finished")
     terminal.say(f"finished in {time.monotonic() - begun:.0f} s: the model is {run.path / 'model'}")
 

@@ -16,7 +16,8 @@ async def submit(arguments: list[str]) -> int:
     """Submit `spin_ray run` with these arguments; returns the job's exit code (1 where the job died without one)."""
     address = os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
     client = JobSubmissionClient(address)
-    entrypoint = shlex.join([sys.executable, "-m", "spin_ray", "run", *arguments])
+    command = shlex.join([sys.executable, "-m", "spin_ray", "run", *arguments])
+    entrypoint = f"cd {shlex.quote(os.getcwd())} && exec {command}"  # relative paths mean here, not Ray's working directory
     passed_on = {name: os.environ[name] for name in ("WANDB_MODE", "HF_HUB_OFFLINE") if name in os.environ}
     job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": passed_on})
     print(f"submitted {job} to {address}", flush=True)

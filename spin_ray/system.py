@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import torch
 
 from spin_ray.config import Config
 from spin_ray.errors import BadInput, RunStopped
@@ -28,7 +29,8 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
     else:
         cpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS)
         ray.init(
-            "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False,
+            "local", num_cpus=cpus, num_gpus=torch.cuda.device_count(), include_dashboard=False,
+            log_to_driver=False, configure_logging=False,
             # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
             _system_config={"idle_worker_killing_time_threshold_ms": 3_600_000},
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ class Tracker:
     def __init__(self, config: Config, run_path: Path):
         import wandb
 
+        self._lock = threading.Lock()
         self._file = (run_path / "metrics.jsonl").open("a", buffering=1)
         mode = os.environ.get("WANDB_MODE") or config.tracking.wandb.mode
         self._wandb = wandb.init(
@@ -34,18 +36,24 @@ class Tracker:
     def log(self, group: str, metrics: Mapping[str, Any], **stamp: int) -> None:
         """Log `metrics` under `group/`, stamped with where in the run they belong (iteration, step, opponent_version)."""
         named = {f"{group}/{name}": value for name, value in metrics.items()}
-        self._file.write(json.dumps({"time": round(time.time(), 3), **stamp, **named}) + "\n")
-        self._wandb.log({**stamp, **named})
+        with self._lock:  # the players' threads log side by side
+            self._file.write(json.dumps({"time": round(time.time(), 3), **stamp, **named}) + "\n")
+            self._wandb.log({**stamp, **named})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A small table, to W&B only."""
         import wandb
 
-        self._wandb.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        with self._lock:
+            self._wandb.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
-    def close(self, exit_code: int) -> None:
-        self._file.close()
-        self._wandb.finish(exit_code=exit_code)
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        with self._lock:
+            self._file.close()
+            self._wandb.finish(exit_code=int(error is not None))
 
 
 def _stable_id(path: Path) -> str:

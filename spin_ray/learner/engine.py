@@ -44,6 +44,8 @@ class MainPlayer:
             model_path, dtype=getattr(torch, hardware.dtype), attn_implementation=attention.NAME,
             trust_remote_code=trust_remote_code, use_safetensors=True,
         )
+        if self._lm.lm_head.bias is not None:
+            raise BadInput(f"{model_path}: models whose output layer has a bias are not supported by the learner yet")
         if config.activation_checkpointing:
             self._lm.gradient_checkpointing_enable()
         policy = PolicyLogps(self._lm)

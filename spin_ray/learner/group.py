@@ -44,7 +44,11 @@ class Learner:
         return self.result(self.post(command))
 
     def fail(self, error: BaseException) -> None:
-        """Make every waiting worker, and the driver, raise this error."""
+        """Make every waiting worker, and the driver, raise this error (its text, if it cannot be sent)."""
+        try:
+            ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
+        except Exception:  # whatever it is that keeps an error from being pickled, its text must arrive
+            error = RuntimeError(f"{type(error).__name__}: {error}")
         ray.get(self.coordinator.fail.remote(error))
 
     def stop(self) -> None:

@@ -30,15 +30,17 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        # Hundreds of chunks add up here: never in half precision.
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for part in _parts(len(targets), ctx.chunk):
             # d logp_target / d logits = onehot(target) - softmax
             grad_logits = _log_softmax(hidden[part], weight).exp_().mul_(-grad[part, None])
             grad_logits.scatter_add_(1, targets[part, None], grad[part, None].to(grad_logits.dtype))
             grad_logits = grad_logits.to(weight.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
-            grad_weight.addmm_(grad_logits.T, hidden[part])
-        return grad_hidden, grad_weight, None, None
+            grad_weight += grad_logits.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _parts(total: int, chunk: int) -> list[slice]:

@@ -22,6 +22,7 @@ from spin_ray.chatter import redirect_output
 from spin_ray.config import LearnerConfig
 from spin_ray.errors import RunStopped
 from spin_ray.learner.coordinator import Failure
+from spin_ray.manifest import readable_disk_errors
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, from_table
 
@@ -92,10 +93,10 @@ class Publish:
 
 @dataclass(frozen=True)
 class Save:
-    """Write the HF folder and the DeepSpeed checkpoint; the caller has made the folders' names temporary."""
+    """Write the HF folder and, if it has a path, the DeepSpeed checkpoint; the caller gives temporary names."""
 
     model_path: str
-    checkpoint_path: str
+    checkpoint_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,10 @@ class Worker:
     def _save(self, command: Save) -> None:
         from spin_ray.exchange.weights import BUCKET_BYTES
 
-        self._player.export(Path(command.model_path), BUCKET_BYTES)
-        self._player.save_checkpoint(Path(command.checkpoint_path))
+        with readable_disk_errors(Path(command.model_path)):
+            self._player.export(Path(command.model_path), BUCKET_BYTES)
+            if command.checkpoint_path:
+                self._player.save_checkpoint(Path(command.checkpoint_path))
 
 
 class BlockFeed:

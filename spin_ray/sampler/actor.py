@@ -65,10 +65,6 @@ class Sampler:
         await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, started)))
         return time.perf_counter() - started[0]
 
-    async def num_generated_tokens(self) -> int:
-        """Tokens drawn since the start."""
-        return self._engine.num_generated_tokens
-
     @staticmethod
     def _tensors(weights: PublishedWeights, started: list[float]) -> Iterator[tuple[str, Any]]:
         import ray

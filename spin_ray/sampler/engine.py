@@ -35,7 +35,6 @@ class OpponentEngine:
         from vllm import EngineArgs, LLMEngine
 
         self.version = version
-        self.num_generated_tokens = 0
         self._max_model_len = max_model_len
         self._several_processes = settings.get("tensor_parallel_size", 1) > 1
         self._engine = LLMEngine.from_engine_args(EngineArgs(
@@ -59,7 +58,7 @@ class OpponentEngine:
             stop_token_ids=list(settings.stop_ids), logprobs=0, flat_logprobs=True, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return self._submit(version, prompt_ids, params, lambda output: self._completion(version, output.outputs[0]))
+        return self._submit(version, prompt_ids, params, lambda output: _completion(version, output.outputs[0]))
 
     def score(self, version: int, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Future[np.ndarray]:
         """Log-probs of a given answer under `version` by one prefill, [num_answer_tokens] float32, in nats."""
@@ -81,7 +80,8 @@ class OpponentEngine:
             while self._pending:
                 self._step()
             self._reload(tensors())
-            self._engine.reset_prefix_cache()
+            if not self._engine.reset_prefix_cache():
+                raise RuntimeError("vLLM did not drop its prefix cache: answers would mix two versions")
             self.version = version
             future.set_result(version)
 
@@ -159,9 +159,9 @@ class OpponentEngine:
             if not future.done():
                 future.set_exception(error)
 
-    def _completion(self, version: int, output: Any) -> Completion:
-        self.num_generated_tokens += len(output.token_ids)
-        return Completion(version, np.array(output.token_ids, np.int32), _first_logps(output.logprobs), output.finish_reason)
+
+def _completion(version: int, output: Any) -> Completion:
+    return Completion(version, np.array(output.token_ids, np.int32), _first_logps(output.logprobs), output.finish_reason)
 
 
 def _first_logps(flat: Any) -> np.ndarray:

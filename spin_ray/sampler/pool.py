@@ -69,9 +69,6 @@ class SamplerPool:
         """Every replica loads the version; returns each one's seconds."""
         return await asyncio.gather(*[sampler.load.remote(weights) for sampler in self._samplers])
 
-    async def num_generated_tokens(self) -> int:
-        return sum(await asyncio.gather(*[sampler.num_generated_tokens.remote() for sampler in self._samplers]))
-
     async def _spread(self, count: int, call: Callable[[Any, list[int]], Any]) -> list[Any]:
         share: list[list[int]] = [[] for _ in self._samplers]
         for index in range(count):

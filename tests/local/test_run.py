@@ -62,8 +62,8 @@ def test_outputs_are_all_there(finished):
     for name in ("config.json", "metrics.jsonl", "logs/sampler-0.log", "logs/sampler-1.log", "logs/learner-0.log", "logs/driver.log"):
         assert (finished / name).stat().st_size > 0, name
     assert list(finished.glob("wandb/offline-run-*/run-*.wandb"))
-    for t in (0, 1):
-        assert (finished / f"iter_00{t}/checkpoint/state").is_dir() and (finished / f"iter_00{t}/model/model.safetensors").is_file()
+    assert all((finished / f"iter_00{t}/model/model.safetensors").is_file() for t in (0, 1))
+    assert (finished / "iter_001/checkpoint/state").is_dir() and not (finished / "iter_000/checkpoint").exists()  # only the newest
 
 
 def test_pairs_have_their_schema_and_versions_without_gap_or_duplicate(finished):
@@ -145,6 +145,7 @@ def test_unfinished_run_goes_on_where_it_was(finished):
     (run / "config.json").write_text(json.dumps(config))
     (run / "manifest.jsonl").write_text("".join(json.dumps(mark) + "\n" for mark in manifest(run)[:3]) + '{"stage": "evalu')
     shutil.rmtree(run / "iter_001/model")
+    (run / "iter_001/checkpoint").rename(run / "iter_000/checkpoint")  # stands in for the one that was there at that moment
     for path in run.glob("iter_001/pairs/*.parquet"):
         if path.name != "block_00000.parquet":
             path.unlink()

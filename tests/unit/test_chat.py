@@ -119,6 +119,12 @@ def test_eos_is_added_once_where_the_template_has_none():
     assert answer_ids.count(tok.eos_token_id) == 1 and answer_ids[-1] == tok.eos_token_id
 
 
+def test_end_token_text_is_refused_too_where_the_template_does_not_close():
+    tok = tokenizer("{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}", ("</s>",), "</s>")
+    with pytest.raises(ValueError, match="end-of-turn token"):
+        ChatFormat(tok).encode(DIALOGUE[:1], "See</s> you")
+
+
 def test_token_across_the_border_keeps_the_sampled_prompt():
     tok = tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}", ("</s>",), "</s>")
     prompt = [{"role": "user", "content": "I said: He"}]

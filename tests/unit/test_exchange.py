@@ -55,6 +55,7 @@ def test_audit_reports_and_stops():
     audit = compare(3, left, right, tolerance=0.2)
     assert (audit.version, audit.num_tokens) == (3, 3)
     assert audit.mean_nats == pytest.approx(0.1) and audit.max_nats == pytest.approx(0.3)
+    assert audit.bias_nats == pytest.approx(0.1) and audit.rms_nats == pytest.approx(0.3 / 3**0.5)
     with pytest.raises(AuditError, match=r"version 3.* 0\.1 nats per token .*largest 0\.3.* tolerance 0\.05"):
         compare(3, left, right, tolerance=0.05)
     with pytest.raises(AuditError):
@@ -62,7 +63,7 @@ def test_audit_reports_and_stops():
 
 
 def test_allowed_deviation_matches_its_worked_number():
-    assert allowed_first_loss_deviation(0.1, Audit(0, 0.0, 0.0, 1), 1e-3, 100) == pytest.approx(0.004)
+    assert allowed_first_loss_deviation(0.1, Audit(0, 0.0, 0.0, 0.0, 0.01, 1), 100) == pytest.approx(0.041)
 
 
 def config(tmp_path, **run) -> Config:
@@ -70,21 +71,38 @@ def config(tmp_path, **run) -> Config:
 
 
 def test_run_directory_without_work_takes_a_corrected_config(tmp_path):
-    RunDir.open(config(tmp_path)).mark("prepared", block_sizes=[1])
-    assert RunDir.open(config(tmp_path)).marks("prepared")
-    assert RunDir.open(config(tmp_path, seed=1)).marks("prepared") == []
+    RunDir.open(config(tmp_path), "run").mark("prepared", block_sizes=[1])
+    assert RunDir.open(config(tmp_path), "run").marks("prepared")
+    assert RunDir.open(config(tmp_path, seed=1), "run").marks("prepared") == []
 
 
 def test_run_directory_with_work_refuses_another_config(tmp_path):
-    run = RunDir.open(config(tmp_path))
+    run = RunDir.open(config(tmp_path), "run")
     run.model(0).mkdir(parents=True)
-    assert RunDir.open(config(tmp_path)).marks("iteration") == []
+    assert RunDir.open(config(tmp_path), "run").marks("iteration") == []
     with pytest.raises(BadInput, match=r"another config \(run.seed: 0 -> 1\)"):
-        RunDir.open(config(tmp_path, seed=1))
+        RunDir.open(config(tmp_path, seed=1), "run")
+
+
+def test_another_command_is_another_run(tmp_path):
+    RunDir.open(config(tmp_path), "sft").model(0).mkdir(parents=True)
+    with pytest.raises(BadInput, match="command: now run"):
+        RunDir.open(config(tmp_path), "run")
+
+
+def test_only_one_process_works_on_a_run_and_leftovers_are_removed(tmp_path):
+    run = RunDir.open(config(tmp_path), "run")
+    (run.path / ".model.123.tmp").mkdir()
+    with run.locked():
+        assert not (run.path / ".model.123.tmp").exists()
+        with pytest.raises(BadInput, match="another process is working on this run"), run.locked():
+            pass
+    with run.locked():
+        pass
 
 
 def test_manifest_believes_only_whole_lines(tmp_path):
-    run = RunDir.open(config(tmp_path))
+    run = RunDir.open(config(tmp_path), "run")
     run.mark("iteration", iteration=0)
     with (run.path / "manifest.jsonl").open("a") as manifest:
         manifest.write('{"stage": "iteration", "iter')
@@ -92,7 +110,7 @@ def test_manifest_believes_only_whole_lines(tmp_path):
 
 
 def test_mark_after_a_cut_line_is_believed(tmp_path):
-    run = RunDir.open(config(tmp_path))
+    run = RunDir.open(config(tmp_path), "run")
     (run.path / "manifest.jsonl").write_text('{"stage": "iter')
     run.mark("iteration", iteration=0)
     assert run.marks("iteration") == [{"stage": "iteration", "iteration": 0}]
@@ -138,5 +156,5 @@ def test_block_of_another_version_is_refused(tmp_path, make_pairs):
 
 
 def test_saved_config_is_plain_json(tmp_path):
-    run = RunDir.open(config(tmp_path))
+    run = RunDir.open(config(tmp_path), "run")
     assert json.loads((run.path / "config.json").read_text())["spin"]["beta"] == 0.1

@@ -40,6 +40,16 @@ def test_only_the_players_of_the_command_count():
     choose_hardware(config(learner=LearnerConfig(num_workers=64)), {"CPU": 2}, learner=False)
 
 
+def test_gpus_of_a_replica_must_be_those_that_share_its_model():
+    with pytest.raises(BadInput, match=r"gpus_per_replica=1 does not go with sampler.tensor_parallel_size=2"):
+        choose_hardware(config(sampler=SamplerConfig(tensor_parallel_size=2, gpus_per_replica=1)), {"CPU": 64, "GPU": 8})
+
+
+def test_learner_on_the_cpu_of_a_gpu_cluster():
+    hardware = choose_hardware(config(learner=LearnerConfig(gpus_per_worker=0)), {"CPU": 64, "GPU": 8})
+    assert (hardware.device, hardware.dtype, hardware.torch_backend) == ("cpu", "float32", "gloo")
+
+
 def test_dtype_can_be_asked_for():
     assert choose_hardware(config(model=ModelConfig(dtype="bfloat16")), {"CPU": 2}).audit_tolerance == 0.05
 
