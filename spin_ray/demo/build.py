@@ -4,7 +4,7 @@ Imitates the paper's setting in miniature:
 1. data: `train.jsonl` (the small careful SFT set) and `heldout.jsonl`, messages format, each row with a checkable `answer`;
 2. a byte-level BPE tokenizer with a chat template, trained on the same kind of text;
 3. `base/`: a Llama of 0.9M parameters, pretrained on answers of which only 40 % are careful;
-4. `sft/`: the base after eight epochs of SFT on `train.jsonl`, made by `spin_ray sft`: the model that SPIN starts from.
+4. `sft/`: the base after one epoch of SFT on `train.jsonl`, made by `spin_ray sft`: the model that SPIN starts from.
 """
 
 from __future__ import annotations

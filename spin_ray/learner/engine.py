@@ -186,5 +186,7 @@ def _deepspeed_config(config: LearnerConfig, hardware: Hardware, *, clips_itself
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": hardware.dtype == "bfloat16"},
+        # The result must not depend on how a batch is cut into micro-batches. Without ZeRO, DeepSpeed has no such mix with bf16.
+        "data_types": {"grad_accum_dtype": "fp32"} if config.zero_stage else {},
         "steps_per_print": 10**9,
     }
