@@ -1,9 +1,12 @@
 """`cluster/submit.sh` against a Ray head on this machine: the log is followed, the exit code is the job's, a run goes on."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from test_run import ROOT, SMALL
@@ -13,12 +16,29 @@ RAY = Path(sys.executable).parent / "ray"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A Ray head with token authentication (the default), started and ended as the README says."""
-    env = {**os.environ, "RAY_TMPDIR": "/tmp"}
-    started = subprocess.run([RAY, "start", "--head", "--num-cpus=2"], env=env, capture_output=True, text=True, timeout=120)
-    assert started.returncode == 0, started.stderr
-    yield
-    subprocess.run([RAY, "stop"], capture_output=True, timeout=120, check=True)
+    """A Ray head with token authentication (the default).
+
+    With --block, ending it ends its own processes and no others; `ray stop` would end every Ray on this machine.
+    """
+    with (tmp_path_factory.mktemp("ray") / "head.log").open("w+") as log:
+        head = subprocess.Popen([RAY, "start", "--head", "--block", "--num-cpus=2"], stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for_dashboard(head, log)
+            yield
+        finally:
+            head.terminate()
+            head.wait(timeout=60)
+
+
+def wait_for_dashboard(head: subprocess.Popen, log: TextIO, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and head.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", 8265)) == 0:
+                return
+        time.sleep(0.5)
+    log.seek(0)
+    pytest.fail(f"no Ray head after {timeout_s} s: {log.read()[-2000:]}")
 
 
 def submit(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
