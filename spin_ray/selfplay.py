@@ -116,7 +116,8 @@ def start_players(
     """Start opponent and main player side by side from the newest finished version."""
     version = len(run.marks("iteration"))
     model_path = str(run.model(version - 1)) if version else facts.path
-    checkpoint = run.checkpoint(version - 1) if version else None
+    # In float32 the exported model is exact; a bfloat16 one lacks its float32 masters.
+    checkpoint = run.checkpoint(version - 1) if version and hardware.dtype == "bfloat16" else None
     if checkpoint and not checkpoint.exists():
         raise BadInput(f"{checkpoint}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
     pool = start_opponent(config, model_path, version, hardware, max_model_len=max_model_len, logs=run.logs)
@@ -248,7 +249,7 @@ class SelfPlay:
         facts = {"pairs_per_s": report.num_pairs / report.wall_s, "tokens_per_s": report.num_tokens / report.wall_s, "sync_s": sync_s}
         self._tracker.log("iteration", {**asdict(report), **facts}, iteration=t, opponent_version=t + 1)
         self._run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
-        if t > 0:  # only the newest is ever used
+        if t > 0 and self._run.checkpoint(t - 1).exists():  # only the newest is ever used
             shutil.rmtree(self._run.checkpoint(t - 1))
         last = self._last_metrics
         return {"loss": last["loss"], "margin": last["margin"], "train_s": report.wall_s, "waited_s": report.waited_s}
