@@ -78,6 +78,14 @@ class Pair:
     """How the generated answer ended: "stop" or "length"."""
 
 
+def real_only(prompt: Prompt, version: int) -> Pair:
+    """A prompt as a pair without a generated answer and with zeros for references: for SFT, and for scoring real answers."""
+    none, no_logps = np.zeros(0, np.int32), np.zeros(len(prompt.real_ids), np.float32)
+    return Pair(
+        prompt.prompt_id, version, version, version, prompt.prompt_ids, prompt.real_ids, none, no_logps, no_logps[:0], "stop"
+    )
+
+
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 PAIR_SCHEMA = pa.schema({
     "prompt_id": pa.int64(), "iteration": pa.int32(), "opponent_version": pa.int32(), "scored_version": pa.int32(),

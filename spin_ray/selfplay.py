@@ -40,7 +40,7 @@ from spin_ray.losses import LOSS_AT_ZERO, spin_loss
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.placement import Hardware
-from spin_ray.records import PROMPT_SCHEMA, Pair, Prompt, from_table, to_table
+from spin_ray.records import PROMPT_SCHEMA, Prompt, from_table, real_only, to_table
 from spin_ray.sampler.pool import sampling_settings, start_opponent
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -237,7 +237,7 @@ class SelfPlay:
     def _audit(self, version: int) -> Audit:
         """Sampler and learner score the same real answers."""
         probe = self._prepared.train[: self._config.audit.num_prompts]
-        number = self._learner.post(Score(tuple(_probe_pair(prompt, version) for prompt in probe)))
+        number = self._learner.post(Score(tuple(real_only(prompt, version) for prompt in probe)))
         sampler = ray.get(self._pool.score.remote(version, [p.prompt_ids for p in probe], [p.real_ids for p in probe]))
         learner = self._learner.result(number)[::2]
         audit = compare(version, sampler, learner, self._hardware.audit_tolerance)
@@ -268,10 +268,3 @@ class SelfPlay:
         texts = ("prompt_ids", "real_ids", "generated_ids")
         rows = [[t, *(self._facts.chat.decode(row[name]) for name in texts)] for row in table.slice(0, 8).to_pylist()]
         self._tracker.table("pairs", ["iteration", "prompt", "real", "generated"], rows)
-
-
-def _probe_pair(prompt: Prompt, version: int) -> Pair:
-    """The real answer as a pair without a generated one."""
-    zeros, none = np.zeros(len(prompt.real_ids), np.float32), np.zeros(0, np.int32)
-    return Pair(prompt.prompt_id, version, version, version, prompt.prompt_ids, prompt.real_ids, none, zeros, zeros[:0], "stop")
-

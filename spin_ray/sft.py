@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import time
 
-import numpy as np
-import pyarrow as pa
 import ray
 
 from spin_ray.chatter import captured_output
@@ -17,7 +15,7 @@ from spin_ray.learner.loop import Save, Train, WorkerArgs
 from spin_ray.losses import sft_loss
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.model import inspect_model, longest_sequence
-from spin_ray.records import PAIR_SCHEMA, Pair, Prompt, to_table
+from spin_ray.records import PAIR_SCHEMA, Pair, real_only, to_table
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
 from spin_ray.tracking import Tracker
@@ -47,7 +45,7 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
             storage=run.logs / "ray_train",
         )
         tracker = Tracker(config, run.path)
-        ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(_table(prompts))]))
+        ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(to_table([real_only(prompt, 0) for prompt in prompts], PAIR_SCHEMA))]))
         begun = time.monotonic()
         with tracker, terminal:
             number = learner.post(Train(
@@ -65,14 +63,6 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
 def num_real_tokens(batch: list[Pair]) -> float:
     """SFT's normalizer: every answer token of a batch weighs the same."""
     return float(sum(len(pair.real_ids) for pair in batch))
-
-
-def _table(prompts: list[Prompt]) -> pa.Table:
-    """Prompts as pairs without a generated answer."""
-    none, zeros = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    return to_table([
-        Pair(p.prompt_id, 0, 0, 0, p.prompt_ids, p.real_ids, none, np.zeros(len(p.real_ids), np.float32), zeros, "stop") for p in prompts
-    ], PAIR_SCHEMA)
 
 
 def _note_step(tracker: Tracker, terminal: Terminal, record: dict) -> None:
