@@ -145,13 +145,19 @@ class LearnerConfig:
 @dataclass
 class ReferenceConfig:
     scorer: str = "opponent"
-    """Who computes the reference log-probs: opponent (the sampler, while it samples)."""
+    """Who computes the reference log-probs: opponent (the sampler, while it samples; no memory in the learner), frozen (the
+    learner, block by block, with a copy of theta_t: exact, one copy of the weights), or learner (the learner, before the
+    iteration's first step: exact, no memory, but training starts when all is sampled)."""
 
 
 @dataclass
 class OverlapConfig:
     mode: str = "stream"
-    """stream: train on the first finished block while later ones are sampled; sequential: sample all, then train."""
+    """stream: train on the first finished block while later ones are sampled; sequential: sample all, then train; lookahead:
+    a snapshot of the main player, taken before the end of an iteration, plays the next one's first blocks (not exact)."""
+    lookahead_fraction: float = 0.1
+    """lookahead: how long before an iteration's end the snapshot is taken, as a share of its optimizer steps, and the share of
+    the next iteration's blocks that it plays."""
 
 
 @dataclass
@@ -210,8 +216,8 @@ CHOICES = {
     "spin.loss": ("logistic", "hinge", "exponential", "correlation"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.optimizer": ("rmsprop", "adamw"),
-    "reference.scorer": ("opponent",),
-    "overlap.mode": ("stream", "sequential"),
+    "reference.scorer": ("opponent", "frozen", "learner"),
+    "overlap.mode": ("stream", "sequential", "lookahead"),
     "tracking.wandb.mode": ("online", "offline", "disabled"),
 }
 AT_LEAST_ONE = (
@@ -301,6 +307,13 @@ def check(config: Config) -> None:
         raise BadInput(f"learner.warmup_fraction={config.learner.warmup_fraction}: must be in [0, 1)")
     if not 0 < config.sampler.top_p <= 1:
         raise BadInput(f"sampler.top_p={config.sampler.top_p}: must be in (0, 1]")
+    if not 0 < config.overlap.lookahead_fraction < 1:
+        raise BadInput(f"overlap.lookahead_fraction={config.overlap.lookahead_fraction}: must be in (0, 1)")
+    if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":
+        raise BadInput(
+            "overlap.mode=lookahead does not go with reference.scorer=learner: blocks are played ahead so that training can start "
+            "at once, but that scorer starts only when all blocks are there; choose opponent or frozen"
+        )
     batch, workers = config.learner.batch_pairs, config.learner.num_workers
     if batch % workers:
         raise BadInput(

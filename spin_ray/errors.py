@@ -7,3 +7,7 @@ class BadInput(ValueError):
 
 class RunStopped(RuntimeError):
     """One of the run's own checks stopped it; the message has the numbers. Exit code 1."""
+
+
+class WrongVersion(RunStopped):
+    """A sampler was asked for weights that it does not hold (invariant 4)."""

@@ -16,8 +16,8 @@ from spin_ray.config import Config
 from spin_ray.data import load_prompts
 from spin_ray.errors import BadInput
 from spin_ray.model import inspect_model, longest_sequence
-from spin_ray.records import Completion, Prompt, SamplingSettings
-from spin_ray.sampler.pool import sampling_settings, start_opponent
+from spin_ray.records import Completion, Prompt, SamplingSettings, Version
+from spin_ray.sampler.pool import EVALUATE, sampling_settings, start_opponent
 from spin_ray.system import ray_cluster
 
 
@@ -32,20 +32,21 @@ def run_eval(config: Config) -> None:
         max_model_len = longest_sequence(prompts, config.sampler.max_new_tokens, facts)
         with ray_cluster(config, learner=False) as hardware:
             pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs)
-            metrics = evaluate(pool, 0, prompts, facts.chat, sampling_settings(config, facts.chat))
+            pool.release.remote(Version(0))
+            metrics = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
         print(json.dumps({"model": facts.path, "num_prompts": len(prompts), "rows": counts, **metrics}), file=to_user)
 
 
-def evaluate(pool: Any, version: int, prompts: Sequence[Prompt], chat: ChatFormat, settings: SamplingSettings) -> dict[str, float]:
+def evaluate(pool: Any, version: Version, prompts: Sequence[Prompt], chat: ChatFormat, settings: SamplingSettings) -> dict[str, float]:
     """Sample (temperature 1 and greedy) and score every held-out prompt.
 
     `real_nll_nats_per_token` is the real answers' negative log-likelihood over all their tokens. The exact-match shares are
     over the prompts with a checkable answer, and missing if there are none.
     """
     questions, real = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
-    at_one = pool.sample.remote(version, questions, dataclasses.replace(settings, temperature=1.0, top_p=1.0))
-    greedy = pool.sample.remote(version, questions, dataclasses.replace(settings, temperature=0.0, top_p=1.0))
-    drawn, best, logps = ray.get([at_one, greedy, pool.score.remote(version, questions, real)])
+    at_one = pool.sample.remote(version, questions, dataclasses.replace(settings, temperature=1.0, top_p=1.0), EVALUATE)
+    greedy = pool.sample.remote(version, questions, dataclasses.replace(settings, temperature=0.0, top_p=1.0), EVALUATE)
+    drawn, best, logps = ray.get([at_one, greedy, pool.score.remote(version, questions, real, EVALUATE)])
     return measure(prompts, drawn, best, logps, chat.decode)
 
 

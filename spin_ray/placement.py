@@ -13,7 +13,9 @@ from spin_ray.config import Config
 from spin_ray.errors import BadInput
 
 PLAY_TASK_CPUS = 0.1
-"""Ray Data tasks only wait for the sampler; they must fit beside the actors."""
+"""A process of the play pipeline mostly waits for the samplers; it must fit beside the actors."""
+
+BLOCKS_PER_PROCESS = 64
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Hardware:
     """Largest mean |difference| of sampler and learner log-probs per token, in nats."""
     share_prompt: bool
     """Whether the learner computes the prompt of a pair once."""
-    play_tasks: int
-    """Blocks in flight: enough to keep every engine full, with one more waiting."""
+    blocks_in_flight: int
+    """Enough to keep every engine full, with one more waiting."""
     torch_backend: str
     """Collectives of the learner's workers."""
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -61,10 +63,8 @@ def choose_hardware(config: Config, total: Mapping[str, float], *, samplers: boo
             "a replica takes as many GPUs as share its model"
         )
     _check_fits("GPU", total, [("sampler", num_replicas, sampler_gpus), ("learner", num_workers, learner_gpus)])
-    _check_fits("CPU", total, [*cpus, ("play task", 1, PLAY_TASK_CPUS)])
-    blocks_per_engine = -(-sampler.max_num_seqs // sampler.block_prompts)
-    free_cpus = total["CPU"] - sum(number * each for _, number, each in cpus)
-    play_tasks = min(num_replicas * blocks_per_engine + 1, int(free_cpus / PLAY_TASK_CPUS + 1e-6))
+    blocks_in_flight = num_replicas * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
+    _check_fits("CPU", total, [*cpus, ("play process", play_processes(blocks_in_flight), PLAY_TASK_CPUS)])
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if sampler_gpus and learner_gpus else "float32")
     tolerance = config.audit.tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
     gpu_engine = {"gpu_memory_utilization": sampler.gpu_memory_utilization}
@@ -73,12 +73,17 @@ def choose_hardware(config: Config, total: Mapping[str, float], *, samplers: boo
     }
     return Hardware(
         device="cuda" if learner_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
-        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not learner_gpus, play_tasks=play_tasks,
+        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not learner_gpus, blocks_in_flight=blocks_in_flight,
         torch_backend="nccl" if learner_gpus else "gloo",
         engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
         sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},
         learner_env={} if learner_gpus else {"DS_ACCELERATOR": "cpu"},
     )
+
+
+def play_processes(blocks_in_flight: int) -> int:
+    """Processes of the play pipeline; a block in flight is a thread in one of them."""
+    return -(-blocks_in_flight // BLOCKS_PER_PROCESS)
 
 
 def _check_fits(resource: str, total: Mapping[str, float], wanted: list[tuple[str, int, float]]) -> None:

@@ -14,6 +14,22 @@ import pyarrow as pa
 
 
 @dataclass(frozen=True)
+class Version:
+    """Which weights: theta_number, or a snapshot of the main player on its way there (only `overlap.mode=lookahead` makes those)."""
+
+    number: int
+    steps_early: int = 0
+    """Optimizer steps that the snapshot is short of theta_number; 0: theta_number itself."""
+
+    def __str__(self) -> str:
+        return f"theta_{self.number}" + (f" less {self.steps_early} steps" if self.steps_early else "")
+
+    def precedes(self, other: Version) -> bool:
+        """Whether the main player was at these weights before it was at `other`."""
+        return (self.number, -self.steps_early) < (other.number, -other.steps_early)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One SFT record as token ids: the prompt x and the real answer y."""
 
@@ -43,8 +59,8 @@ class SamplingSettings:
 class Completion:
     """One answer drawn by the opponent."""
 
-    version: int
-    """Opponent version whose weights drew and scored these tokens."""
+    version: Version
+    """Whose weights drew and scored these tokens."""
     token_ids: np.ndarray
     """[num_tokens] int32; holds the end-of-turn token if and only if it was sampled."""
     logps: np.ndarray
@@ -61,9 +77,9 @@ class Pair:
     iteration: int
     """Iteration in which the main player trains on the pair."""
     opponent_version: int
-    """Version that wrote `generated_ids`."""
+    """Number of the version that wrote `generated_ids`."""
     scored_version: int
-    """Version that computed both log-prob fields: the reference of the loss."""
+    """Number of the version whose log-probs are the reference of the loss."""
     prompt_ids: np.ndarray
     """[num_prompt_tokens] int32."""
     real_ids: np.ndarray
@@ -71,11 +87,30 @@ class Pair:
     generated_ids: np.ndarray
     """[num_generated_tokens] int32."""
     opponent_real_logps: np.ndarray
-    """[num_real_tokens] float32, nats."""
+    """[num_real_tokens] float32, nats; empty where the learner computes the references (`reference.scorer`)."""
     opponent_generated_logps: np.ndarray
-    """[num_generated_tokens] float32, nats."""
+    """[num_generated_tokens] float32, nats; empty likewise."""
     finish_reason: str
     """How the generated answer ended: "stop" or "length"."""
+    opponent_steps_early: int = 0
+    """Optimizer steps that the writer was short of `opponent_version`; not 0 only with `overlap.mode=lookahead`."""
+    scored_steps_early: int = 0
+    """The same for `scored_version`."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of time in which a player was busy."""
+
+    player: str
+    """"main player", or "opponent 0" for the first replica."""
+    activity: str
+    """opponent: play, audit, evaluate, load; main player: train, score, publish, save."""
+    iteration: int
+    """The opponent's: number of the version that it holds. The main player's: iteration whose pairs it trains on."""
+    begin: float
+    """Seconds since the epoch."""
+    end: float
 
 
 def real_only(prompt: Prompt, version: int) -> Pair:
@@ -91,6 +126,7 @@ PAIR_SCHEMA = pa.schema({
     "prompt_id": pa.int64(), "iteration": pa.int32(), "opponent_version": pa.int32(), "scored_version": pa.int32(),
     "prompt_ids": _INTS, "real_ids": _INTS, "generated_ids": _INTS,
     "opponent_real_logps": _FLOATS, "opponent_generated_logps": _FLOATS, "finish_reason": pa.string(),
+    "opponent_steps_early": pa.int32(), "scored_steps_early": pa.int32(),
 })
 PROMPT_SCHEMA = pa.schema({"prompt_id": pa.int64(), "prompt_ids": _INTS, "real_ids": _INTS, "answer": pa.string()})
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -32,19 +34,25 @@ from spin_ray.config import Config
 from spin_ray.data import counted, load_prompts
 from spin_ray.errors import BadInput
 from spin_ray.evaluation import evaluate
-from spin_ray.exchange.audit import Audit, allowed_first_loss_deviation, compare
-from spin_ray.exchange.pairs import PlayPlan, blocks_of_iteration, play, stream_to_learner, write_prompts, write_table
+from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
+from spin_ray.exchange.pairs import PlayPlan, play, write_prompts, write_table
+from spin_ray.exchange.weights import PublishedWeights
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.loop import Publish, Save, Score, Train, TrainReport, WorkerArgs
+from spin_ray.learner.loop import Publish, Save, Score, StepRecord, Train, TrainReport
 from spin_ray.losses import LOSS_AT_ZERO, spin_loss
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
+from spin_ray.overlap import BlockSpec, Overlap
 from spin_ray.placement import Hardware
-from spin_ray.records import PROMPT_SCHEMA, Prompt, from_table, real_only, to_table
-from spin_ray.sampler.pool import sampling_settings, start_opponent
+from spin_ray.records import PROMPT_SCHEMA, Prompt, Span, Version, from_table, real_only, to_table
+from spin_ray.sampler.pool import AUDIT, sampling_settings, start_opponent
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
+from spin_ray.timeline import Timeline
 from spin_ray.tracking import Tracker
+
+NOTABLE_MISMATCH = 0.1
+"""A margin that the engines' difference alone may move this far gets a warning; a margin of 0.1 moves the loss by 0.05."""
 
 
 def run_spin(config: Config) -> None:
@@ -66,7 +74,7 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
         hardware = stack.enter_context(ray_cluster(config))
         blocks = len(prepared.block_sizes)
         terminal.say(f"{run.path}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
-        players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len, terminal))
+        players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len))
         with Tracker(config, run.path) as tracker, terminal:
             SelfPlay(config, run, facts, prepared, hardware, players, tracker, terminal).play()
     terminal.say(f"finished: the model is {last_model}")
@@ -111,7 +119,7 @@ class Players:
 
 @contextmanager
 def start_players(
-    config: Config, run: RunDir, facts: ModelFacts, hardware: Hardware, max_model_len: int, terminal: Terminal
+    config: Config, run: RunDir, facts: ModelFacts, hardware: Hardware, max_model_len: int
 ) -> Iterator[Players]:
     """Start opponent and main player side by side from the newest finished version."""
     version = len(run.marks("iteration"))
@@ -121,24 +129,17 @@ def start_players(
     if checkpoint and not checkpoint.exists():
         raise BadInput(f"{checkpoint}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
     pool = start_opponent(config, model_path, version, hardware, max_model_len=max_model_len, logs=run.logs)
-    learner = Learner(
-        WorkerArgs(
-            coordinator=None, model_path=model_path, checkpoint_path=str(checkpoint) if checkpoint else None,
-            config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code, seed=config.run.seed,
-            log_dir=str(run.logs),
-        ),
-        storage=run.logs / "ray_train",
-    )
-    ready = pool.ready.remote()
-    while not ray.wait([ready], timeout=60)[0]:
-        terminal.say(f"still waiting for {config.sampler.num_replicas} sampler replicas; free resources: {ray.available_resources()}")
-    ray.get(ready)
+    learner = Learner(config, hardware, model_path=model_path, logs=run.logs, checkpoint=checkpoint)
     yield Players(pool, learner)
     learner.stop()
 
 
 class SelfPlay:
-    """Algorithm 1. Version t is theta_t: the opponent of iteration t, and what iteration t - 1 made of the main player."""
+    """Algorithm 1. Version t is theta_t: the opponent of iteration t, and what iteration t - 1 made of the main player.
+
+    Beside the main thread, which drives the learner, one thread hands on what the opponent plays, iteration after iteration;
+    evaluations and, in `lookahead`, snapshots have short-lived threads of their own. An error in any of them ends all waits.
+    """
 
     def __init__(
         self, config: Config, run: RunDir, facts: ModelFacts, prepared: Prepared, hardware: Hardware, players: Players,
@@ -147,124 +148,223 @@ class SelfPlay:
         self._config, self._run, self._facts, self._prepared, self._hardware = config, run, facts, prepared, hardware
         self._pool, self._learner = players.pool, players.learner
         self._tracker, self._terminal = tracker, terminal
+        self._first, self._last = len(run.marks("iteration")), config.spin.num_iterations
+        self._overlap = Overlap(config, prepared.block_sizes, self._first)
+        self._timeline = Timeline(run.path)
         self._settings = sampling_settings(config, facts.chat)
+        self._tokens_per_pair = 2 * float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
+        self._steps_before = sum(mark["report"]["num_steps"] for mark in run.marks("iteration"))
+        self._mismatch: dict[int, float] = {}
+        """Iteration -> beta times the nats by which the engines' difference may move a pair's log-ratio."""
+        self._plays: dict[int, _Play] = {}
         self._last_metrics: dict[str, float] = {}
 
     def play(self) -> None:
         """All iterations that the manifest does not call finished."""
-        config = self._config
-        first = len(self._run.marks("iteration"))
-        audit = self._audit(first)
-        trained: dict[str, Any] = {}
-        for t in range(first, config.spin.num_iterations):
-            evaluation = in_background(self._evaluate, t, trained)
-            generated = in_background(self._play_opponent, t)
-            if config.overlap.mode == "sequential":
-                generated.result()
-            report = self._train(t, audit)
-            generated.result()
-            evaluation.result()
-            audit, sync_s = self._become_opponent(t + 1)
-            trained = self._finish_iteration(t, report, audit, sync_s)
-        self._evaluate(config.spin.num_iterations, trained)
+        try:
+            probe = self._learner.post(self._probe())
+            training = self._post_training(self._first)
+            beside = [self._beside(self._play_opponent)]  # its pipeline starts up while the engines do
+            self._wait_for_sampler()
+            self._audit(Version(self._first), probe)
+            beside += self._release(self._first, {})
+            for t in range(self._first, self._last):
+                report = follow(self._learner, training, self._note)
+                training = self._become_opponent(t + 1, report)
+                beside += self._release(t + 1, self._trained(t, report))
+            for thread in beside:
+                thread.result()
+        finally:
+            self._draw_timeline()
         self._run.mark("finished")
 
-    def _play_opponent(self, t: int) -> None:
+    def _wait_for_sampler(self) -> None:
+        ready = self._pool.ready.remote()
+        while not ray.wait([ready], timeout=60)[0]:
+            number = self._config.sampler.num_replicas
+            self._terminal.say(f"still waiting for the first of {number} samplers; free: {ray.available_resources()}")
+        ray.get(ready)
+
+    def _play_opponent(self) -> None:
         """Lines 3-5: theta_t answers every prompt. Hands every block on as soon as it is finished."""
-        config, begun = self._config, time.monotonic()
-        blocks = blocks_of_iteration(t, self._prepared.block_sizes, replay=config.spin.replay)
-        total, done, drawn = sum(block.size for block in blocks), 0, 0
+        plan = PlayPlan(
+            self._run, self._pool, self._settings, score=self._config.reference.scorer == "opponent",
+            max_steps_early=self._overlap.max_steps_early,
+        )
+        blocks = [block for t in range(self._first, self._last) for block in self._overlap.blocks(t)]
+        for block, table in play(plan, blocks, self._hardware.blocks_in_flight):
+            count = self._count(block.iteration)
+            ray.get(self._learner.coordinator.put_block.remote(block.iteration, count.blocks, [ray.put(table)]))
+            self._overlap.block_played(block)
+            self._note_played(block, table, count)
 
-        def note(table: pa.Table) -> None:
-            nonlocal done, drawn
-            done += len(table)
-            fresh = table.column("opponent_version").to_pylist()[0] == t
-            drawn += sum(len(ids) for ids in table.column("generated_ids")) if fresh else 0
-            rate = drawn / (time.monotonic() - begun)
-            self._terminal.progress("opponent", done, total, f"iteration {t}  pairs {done}/{total}  {rate:,.0f} tok/s")
-            if done == total:
-                self._tracker.log("sampler", {"play_s": time.monotonic() - begun, "tokens_per_s": rate}, iteration=t, opponent_version=t)
-                self._log_examples(t, table)
+    def _note_played(self, block: BlockSpec, table: pa.Table, count: _Play) -> None:
+        t = block.iteration
+        count.blocks += 1
+        count.pairs += len(table)
+        count.drawn += 0 if block.kind == "replay" else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
+        seconds = time.monotonic() - count.begun
+        rate = count.drawn / seconds
+        text = f"iteration {t}  pairs {count.pairs}/{count.total}  {rate:,.0f} tok/s"
+        self._terminal.progress("opponent", count.pairs, count.total, text)
+        if count.pairs == count.total:
+            self._tracker.log("sampler", {"play_s": seconds, "tokens_per_s": rate}, iteration=t, opponent_version=t)
+            self._log_examples(t, table)
 
-        put_block = self._learner.coordinator.put_block
-        plan = PlayPlan(self._run, self._pool, t, self._settings)
-        try:
-            tables = play(plan, blocks, self._hardware.play_tasks)
-            stream_to_learner(tables, lambda index, reference: ray.get(put_block.remote(t, index, reference)), note)
-        except BaseException as error:
-            self._learner.fail(error)
-            raise
-
-    def _train(self, t: int, audit: Audit) -> TrainReport:
-        """Line 6: theta_{t+1} = argmin over the pairs of iteration t (and t - 1)."""
-        config, spin = self._config, self._config.spin
-        blocks = blocks_of_iteration(t, self._prepared.block_sizes, replay=spin.replay)
-        tokens_per_pair = 2 * float(np.mean([len(prompt.real_ids) for prompt in self._prepared.train]))
-        deviation = allowed_first_loss_deviation(config.beta(t), audit, tokens_per_pair)
-        number = self._learner.post(Train(
-            iteration=t, block_sizes=tuple(block.size for block in blocks), num_epochs=spin.num_epochs,
+    def _post_training(self, t: int) -> int | None:
+        """Line 6: theta_{t+1} = argmin over the pairs of iteration t (and t - 1). Posted early: the workers wait for the blocks."""
+        if t == self._last:
+            return None
+        config, spin, overlap = self._config, self._config.spin, self._overlap
+        return self._learner.post(Train(
+            iteration=t, block_sizes=tuple(block.size for block in overlap.blocks(t)), num_epochs=spin.num_epochs,
             loss_fn=functools.partial(spin_loss, beta=config.beta(t), loss=spin.loss, nll_weight=spin.nll_weight),
-            normalizer=len, lr=config.lr(t), shuffle_first_epoch=config.overlap.mode == "sequential", max_steps=config.run.max_steps,
-            expected_first_loss=(LOSS_AT_ZERO[spin.loss], deviation),
+            normalizer=len, lr=config.lr(t), max_steps=config.run.max_steps, scorer=config.reference.scorer,
+            wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t),
         ))
-        steps_before = sum(mark["report"]["num_steps"] for mark in self._run.marks("iteration"))
-        return follow(self._learner, number, functools.partial(self._note_step, t, steps_before))
 
-    def _note_step(self, t: int, steps_before: int, record: dict[str, Any]) -> None:
-        metrics, step, total = record["metrics"], record["step"], record["total_steps"]
-        if step % self._config.tracking.log_every_steps == 0 or step == total - 1:
-            self._tracker.log("train", {**metrics, "global_step": steps_before + step}, iteration=t, step=step, opponent_version=t)
-        text = f"iteration {t}  step {step + 1}/{total}  loss {metrics['loss']:.3f}  margin {metrics['margin']:.2f}  " \
+    def _note(self, record: StepRecord | Span) -> None:
+        """What the learner's workers have to say while they train."""
+        if isinstance(record, Span):
+            self._timeline.add([record])
+            return
+        t, step, metrics = record.iteration, record.step, record.metrics
+        if step == 0:
+            self._check_first_loss(t, metrics["spin_loss"])
+        if step % self._config.tracking.log_every_steps == 0 or step == record.total_steps - 1:
+            self._tracker.log("train", {**metrics, "global_step": self._steps_before + step}, iteration=t, step=step, opponent_version=t)
+        text = f"iteration {t}  step {step + 1}/{record.total_steps}  loss {metrics['loss']:.3f}  margin {metrics['margin']:.2f}  " \
                f"{metrics['pairs_per_s']:.0f} pairs/s  waited {metrics['waited_s']:.1f} s"
         self._last_metrics = metrics
-        self._terminal.progress("main player", step + 1, total, text)
+        self._terminal.progress("main player", step + 1, record.total_steps, text)
 
-    def _become_opponent(self, version: int) -> tuple[Audit, float]:
-        """theta_{t+1} becomes the opponent: durable on disk first, then in the samplers, then audited."""
-        run, t = self._run, version - 1
+    def _check_first_loss(self, t: int, loss: float) -> None:
+        if self._overlap.starts_stale(t) and self._config.reference.scorer == "opponent":
+            return  # its first pairs were played against a snapshot, not against theta_t
+        at_zero = LOSS_AT_ZERO[self._config.spin.loss]
+        deviation = check_first_loss(t, loss, at_zero=at_zero, mismatch=self._mismatch[t])
+        self._tracker.log("audit", {"first_loss_deviation": deviation}, opponent_version=t)
+
+    def _become_opponent(self, version: int, report: TrainReport) -> int | None:
+        """theta_{t+1} becomes the opponent: durable on disk, loaded by the samplers, audited, marked. Returns the next training."""
+        run, t, learner = self._run, version - 1, self._learner
         with readable_disk_errors(run.iteration(t)), written_whole(run.model(t)) as model, written_whole(run.checkpoint(t)) as checkpoint:
-            publish = self._learner.post(Publish(version))
-            save = self._learner.post(Save(str(model), str(checkpoint)))
-            weights = self._learner.result(publish)
-            begun = time.monotonic()
-            seconds = max(ray.get(self._pool.load.remote(weights)))
-            sync_s = time.monotonic() - begun
-            self._learner.result(save)
-        gib_per_s = weights.num_bytes / 2**30 / max(seconds, 1e-9)
-        self._tracker.log("sync", {"load_s": seconds, "total_s": sync_s, "gib_per_s": gib_per_s}, opponent_version=version)
-        return self._audit(version), sync_s
+            publish, save, probe = map(learner.post, (Publish(Version(version)), Save(str(model), str(checkpoint)), self._probe()))
+            training = self._post_training(version)
+            self._load(learner.result(publish))
+            learner.result(save)
+        audit = self._audit(Version(version), probe)
+        run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
+        self._steps_before += report.num_steps
+        if t > 0 and run.checkpoint(t - 1).exists():  # only the newest is ever used
+            shutil.rmtree(run.checkpoint(t - 1))
+        return training
 
-    def _audit(self, version: int) -> Audit:
-        """Sampler and learner score the same real answers."""
-        probe = self._prepared.train[: self._config.audit.num_prompts]
-        number = self._learner.post(Score(tuple(real_only(prompt, version) for prompt in probe)))
-        sampler = ray.get(self._pool.score.remote(version, [p.prompt_ids for p in probe], [p.real_ids for p in probe]))
-        learner = self._learner.result(number)[::2]
-        audit = compare(version, sampler, learner, self._hardware.audit_tolerance)
+    def _load(self, weights: PublishedWeights) -> None:
+        """Bring new weights to the samplers, once they owe nothing under the old ones."""
+        self._overlap.wait_until_may_load(weights.version)
+        begun = time.monotonic()
+        seconds = max(ray.get(self._pool.load.remote(weights)))
+        metrics = {"load_s": seconds, "total_s": time.monotonic() - begun, "gib_per_s": weights.num_bytes / 2**30 / max(seconds, 1e-9)}
+        self._tracker.log("sync", metrics, opponent_version=weights.version.number)
+
+    def _play_ahead(self, version: Version) -> None:
+        """`lookahead`: a snapshot of the main player opens the next iteration while this one is still trained on."""
+        self._load(self._learner.result(version))
+        self._open(version)
+
+    def _probe(self) -> Score:
+        prompts = self._prepared.train[: self._config.audit.num_prompts]
+        return Score(tuple(real_only(prompt, self._first) for prompt in prompts))
+
+    def _audit(self, version: Version, probe: int) -> Audit:
+        """Sampler and learner score the same real answers; `probe` is the number of the learner's Score command."""
+        prompts, t = self._prepared.train[: self._config.audit.num_prompts], version.number
+        sampler = ray.get(self._pool.score.remote(version, [p.prompt_ids for p in prompts], [p.real_ids for p in prompts], AUDIT))
+        learner = self._learner.result(probe)[::2]
+        audit = compare(t, sampler, learner, self._hardware.audit_tolerance)
         self._tracker.log("audit", {"mean_abs_logp_difference_nats": audit.mean_nats, "max_abs_logp_difference_nats": audit.max_nats},
-                          opponent_version=version)
+                          opponent_version=t)
+        if t < self._last:
+            beta = self._config.beta(t)
+            self._mismatch[t] = beta * pair_mismatch(audit, self._tokens_per_pair)
+            if self._mismatch[t] > NOTABLE_MISMATCH and self._config.reference.scorer == "opponent":
+                self._terminal.say(
+                    f"warning: iteration {t}: spin.beta={beta:g} times the engines' difference of {self._mismatch[t] / beta:.3g} nats "
+                    f"per pair moves margins by {self._mismatch[t]:.2g}; reference.scorer=frozen or learner has no such difference"
+                )
         return audit
 
-    def _finish_iteration(self, t: int, report: TrainReport, audit: Audit, sync_s: float) -> dict[str, Any]:
-        facts = {"pairs_per_s": report.num_pairs / report.wall_s, "tokens_per_s": report.num_tokens / report.wall_s, "sync_s": sync_s}
-        self._tracker.log("iteration", {**asdict(report), **facts}, iteration=t, opponent_version=t + 1)
-        self._run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
-        if t > 0 and self._run.checkpoint(t - 1).exists():  # only the newest is ever used
-            shutil.rmtree(self._run.checkpoint(t - 1))
+    def _release(self, version: int, trained: dict[str, Any]) -> list[Future]:
+        """theta_version may play, and be evaluated in what time the play leaves; returns what goes on beside the main thread."""
+        beside = [self._beside(self._evaluate, version, trained)]
+        self._open(Version(version))
+        if early := self._overlap.snapshot(version):
+            beside.append(self._beside(self._play_ahead, early[1]))
+        return beside
+
+    def _open(self, version: Version) -> None:
+        if version.number < self._last:
+            self._count(version.number)
+        ray.get(self._pool.release.remote(version))
+
+    def _count(self, t: int) -> _Play:
+        return self._plays.setdefault(t, _Play(sum(block.size for block in self._overlap.blocks(t))))
+
+    def _beside(self, function: Callable[..., None], *args: Any) -> Future:
+        """Run beside the main thread; an error ends every wait, the learner's and the driver's."""
+
+        def guarded() -> None:
+            try:
+                function(*args)
+            except BaseException as error:
+                self._overlap.fail(error)
+                self._learner.fail(error)
+                raise
+
+        return in_background(guarded)
+
+    def _trained(self, t: int, report: TrainReport) -> dict[str, Any]:
+        """Log iteration t as a whole; returns what the table says of its training."""
+        for record in self._learner.drain():
+            self._note(record)
+        self._timeline.add(ray.get(self._pool.spans.remote()))
+        idle = self._timeline.idle_share(t)
+        rates = {"pairs_per_s": report.num_pairs / report.wall_s, "tokens_per_s": report.num_tokens / report.wall_s}
+        self._tracker.log("iteration", {**asdict(report), **rates, "learner_idle_share": idle}, iteration=t, opponent_version=t + 1)
         last = self._last_metrics
         return {"loss": last["loss"], "margin": last["margin"], "train_s": report.wall_s, "waited_s": report.waited_s}
 
     def _evaluate(self, version: int, trained: dict[str, Any]) -> None:
-        """Held-out metrics of theta_version; runs beside the play of iteration `version`."""
+        """Held-out metrics of theta_version; rides on the samplers, behind what they have to play."""
         marks = {mark["version"]: mark["metrics"] for mark in self._run.marks("evaluation")}
         metrics = marks.get(version, {})
         if self._prepared.heldout and not metrics:
-            metrics = evaluate(self._pool, version, self._prepared.heldout, self._facts.chat, self._settings)
+            self._overlap.wait_until_may_evaluate(version)
+            metrics = evaluate(self._pool, Version(version), self._prepared.heldout, self._facts.chat, self._settings)
             self._tracker.log("eval", metrics, opponent_version=version)
             self._run.mark("evaluation", version=version, metrics=metrics)
         self._terminal.row({"model": f"theta_{version}" if version else "SFT", **metrics, **trained})
+
+    def _draw_timeline(self) -> None:
+        """timeline.png: what both players did when, of all sessions of this run; also where the run failed."""
+        self._timeline.add(ray.get(self._pool.spans.remote()))
+        if picture := self._timeline.draw():
+            self._tracker.image("timeline", picture)
 
     def _log_examples(self, t: int, table: pa.Table) -> None:
         texts = ("prompt_ids", "real_ids", "generated_ids")
         rows = [[t, *(self._facts.chat.decode(row[name]) for name in texts)] for row in table.slice(0, 8).to_pylist()]
         self._tracker.table("pairs", ["iteration", "prompt", "real", "generated"], rows)
+
+
+@dataclass
+class _Play:
+    """How far the opponent has got with an iteration."""
+
+    total: int
+    pairs: int = 0
+    blocks: int = 0
+    drawn: int = 0
+    """Tokens sampled."""
+    begun: float = field(default_factory=time.monotonic)

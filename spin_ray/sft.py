@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import Any
 
 import ray
 
@@ -11,7 +12,7 @@ from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import counted, load_prompts
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.loop import Save, Train, WorkerArgs
+from spin_ray.learner.loop import Save, StepRecord, Train
 from spin_ray.losses import sft_loss
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.model import inspect_model, longest_sequence
@@ -37,20 +38,14 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     longest_sequence(prompts, 0, facts)
     terminal.say(counted(config.data.train, counts))
     with ray_cluster(config, samplers=False) as hardware:
-        learner = Learner(
-            WorkerArgs(
-                coordinator=None, model_path=facts.path, checkpoint_path=None, config=config.learner, hardware=hardware,
-                trust_remote_code=config.model.trust_remote_code, seed=config.run.seed, log_dir=str(run.logs),
-            ),
-            storage=run.logs / "ray_train",
-        )
+        learner = Learner(config, hardware, model_path=facts.path, logs=run.logs)
         tracker = Tracker(config, run.path)
         ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(to_table([real_only(prompt, 0) for prompt in prompts], PAIR_SCHEMA))]))
         begun = time.monotonic()
         with tracker, terminal:
             number = learner.post(Train(
                 iteration=0, block_sizes=(len(prompts),), num_epochs=config.sft.num_epochs, loss_fn=sft_loss, normalizer=num_real_tokens,
-                lr=config.sft.lr, shuffle_first_epoch=True, max_steps=config.run.max_steps,
+                lr=config.sft.lr, max_steps=config.run.max_steps,
             ))
             follow(learner, number, functools.partial(_note_step, tracker, terminal))
             with readable_disk_errors(run.path), written_whole(run.path / "model") as model:
@@ -65,8 +60,10 @@ def num_real_tokens(batch: list[Pair]) -> float:
     return float(sum(len(pair.real_ids) for pair in batch))
 
 
-def _note_step(tracker: Tracker, terminal: Terminal, record: dict) -> None:
-    metrics, step, total = record["metrics"], record["step"], record["total_steps"]
+def _note_step(tracker: Tracker, terminal: Terminal, record: Any) -> None:
+    if not isinstance(record, StepRecord):
+        return
+    metrics, step, total = record.metrics, record.step, record.total_steps
     tracker.log("train", {**metrics, "global_step": step}, step=step)
     nll = metrics["real_nll_nats_per_token"]
     terminal.progress("main player", step + 1, total, f"step {step + 1}/{total}  NLL {nll:.3f}  {metrics['pairs_per_s']:.0f} examples/s")

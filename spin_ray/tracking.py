@@ -47,6 +47,13 @@ class Tracker:
         with self._lock:
             self._wandb.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
+    def image(self, name: str, path: Path) -> None:
+        """A picture, to W&B only."""
+        import wandb
+
+        with self._lock:
+            self._wandb.log({name: wandb.Image(str(path))})
+
     def __enter__(self) -> Tracker:
         return self
 

@@ -19,9 +19,14 @@ class AuditError(RunStopped):
     """Sampler and learner disagree about the model; training on would be against a wrong opponent."""
 
 
+class FirstLossError(RunStopped):
+    """The first loss of an iteration is not l(0): sampler and learner do not see the same model or tokens."""
+
+
 @dataclass(frozen=True)
 class Audit:
     version: int
+    """Number of the version that both hold."""
     mean_nats: float
     """Mean |difference| of log-probs per token."""
     max_nats: float
@@ -49,10 +54,25 @@ def compare(version: int, sampler_logps: Sequence[np.ndarray], learner_logps: Se
     return audit
 
 
-def allowed_first_loss_deviation(beta: float, audit: Audit, tokens_per_pair: float) -> float:
-    """How far the first loss may be from l(0), where |dl/dz| <= 1, given what the audit has just measured per token.
+def pair_mismatch(audit: Audit, tokens_per_pair: float) -> float:
+    """How far a pair's log-ratio may be off by the engines' difference alone, in nats.
 
-    Over a pair's tokens the bias adds up and the rest grows like a random walk, of which 4 standard deviations are allowed;
-    1e-3 covers the arithmetic. beta 0.1, rms 0.01 nats, no bias, 100 tokens: 1e-3 + 0.1 * 4 * 0.01 * 10 = 0.041.
+    Over a pair's tokens the bias adds up and the rest grows like a random walk, of which 4 standard deviations are allowed.
+    rms 0.01 nats, no bias, 100 tokens: 4 * 0.01 * 10 = 0.4.
     """
-    return 1e-3 + beta * (4 * audit.rms_nats * math.sqrt(tokens_per_pair) + abs(audit.bias_nats) * tokens_per_pair)
+    return 4 * audit.rms_nats * math.sqrt(tokens_per_pair) + abs(audit.bias_nats) * tokens_per_pair
+
+
+def check_first_loss(iteration: int, loss: float, *, at_zero: float, mismatch: float) -> float:
+    """Invariant 2: at the first step main player and opponent are the same model, so the loss is l(0). Returns the deviation.
+
+    `mismatch` is beta times `pair_mismatch`: as |dl/dz| <= 1 at 0, the audit explains that much; 1e-3 covers the arithmetic.
+    Raises FirstLossError past it.
+    """
+    deviation = abs(loss - at_zero)
+    if not deviation <= 1e-3 + mismatch:
+        raise FirstLossError(
+            f"first loss of iteration {iteration} is {loss:.6f}, expected {at_zero:.6f} ± {1e-3 + mismatch:.6f}, because main player and "
+            "opponent are the same model there; sampler and learner disagree about weights, template or log-probs"
+        )
+    return deviation

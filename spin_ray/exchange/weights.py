@@ -1,7 +1,8 @@
 """Weights on their way from learner to sampler, through Ray's object store.
 
-The learner puts flat buckets of bytes; a sampler maps them and builds tensors as views, without a copy. The number of
-remote calls depends on the number of buckets (total bytes / bucket size), never on the number of parameters.
+The learner puts buckets of tensors, each written straight from the model's memory into the store; a sampler maps them
+and reads them where they lie. Two copies in all, one on either side, and the number of remote calls depends on the number
+of buckets (total bytes / bucket size), never on the number of parameters.
 """
 
 from __future__ import annotations
@@ -14,28 +15,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from spin_ray.records import Version
+
 BUCKET_BYTES = 256 * 2**20
-_ALIGN = 64
 
 
 @dataclass(frozen=True)
 class WeightBucket:
-    """Some tensors in one piece of memory."""
+    """Some tensors; Ray writes and maps each `data` as it is, at an aligned place."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    offsets: tuple[int, ...]
-    """Byte where each tensor begins, a multiple of 64."""
-    data: np.ndarray
-    """[num_bytes] uint8."""
+    data: tuple[np.ndarray, ...]
+    """Each tensor's bytes, [num_bytes] uint8."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(data.nbytes for data in self.data)
 
 
 @dataclass(frozen=True)
 class PublishedWeights:
     """One version of the weights, ready to be loaded by any number of samplers."""
 
-    version: int
+    version: Version
     buckets: tuple[Any, ...]
     """Ray references to the WeightBuckets, in the order of the model's parameters."""
     num_bytes: int
@@ -44,17 +48,12 @@ class PublishedWeights:
 
 
 def to_bucket(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:
-    """Copy CPU tensors into one flat bucket."""
+    """CPU tensors as a bucket of views of their memory: put it into the object store before they change."""
     tensors = list(tensors)
-    sizes = [-(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN for _, tensor in tensors]
-    offsets = [int(offset) for offset in np.cumsum([0, *sizes[:-1]])]
-    data = np.empty(sum(sizes), np.uint8)
-    for (_, tensor), offset in zip(tensors, offsets, strict=True):
-        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        data[offset : offset + len(raw)] = raw
     return WeightBucket(
         tuple(name for name, _ in tensors), tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
-        tuple(tuple(tensor.shape) for _, tensor in tensors), tuple(offsets), data,
+        tuple(tuple(tensor.shape) for _, tensor in tensors),
+        tuple(tensor.contiguous().view(-1).view(torch.uint8).numpy() for _, tensor in tensors),
     )
 
 
@@ -65,12 +64,10 @@ def from_bucket(bucket: WeightBucket, tied_names: Mapping[str, str]) -> Iterator
     layer and says nothing.
     """
     also = {first: second for second, first in tied_names.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # the object store's memory; only read here
-        flat = torch.from_numpy(bucket.data)
-    for name, dtype, shape, offset in zip(bucket.names, bucket.dtypes, bucket.shapes, bucket.offsets, strict=True):
-        dtype = getattr(torch, dtype)
-        tensor = flat[offset : offset + int(np.prod(shape)) * dtype.itemsize].view(dtype).view(shape)
+    for name, dtype, shape, data in zip(bucket.names, bucket.dtypes, bucket.shapes, bucket.data, strict=True):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # the object store's memory; only read here
+            tensor = torch.from_numpy(data).view(getattr(torch, dtype)).view(shape)
         yield name, tensor
         if name in also:
             yield also[name], tensor

@@ -6,17 +6,17 @@ The learner lives through all iterations in ONE Ray Train `fit()`; its workers a
 |---|---|---|
 | worker | command k | driver's `post` of command k |
 | worker | block k of iteration t | driver's `put_block`, in any order |
-| driver | result of command k | rank 0's `answer`, after every rank finished command k |
+| driver | result of command k, or what it announced under another key | rank 0's `answer` |
 | all of them | | `fail`: every present and later wait raises the first error |
 
 Back-pressure: none is needed. A block is a few megabytes of token ids in the object store (which spills by itself), and
-the number of blocks of an iteration is known. Blocks of an iteration are dropped when the next one begins.
+the number of blocks of an iteration is known. The learner drops an iteration's blocks when it begins the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,9 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._commands: list[Any] = []
-        self._results: dict[int, Any] = {}
+        self._results: dict[Hashable, Any] = {}
         self._blocks: dict[tuple[int, int], Any] = {}
-        self._metrics: list[dict[str, Any]] = []
+        self._records: list[Any] = []
         self._failure: Failure | None = None
         self._changed = asyncio.Condition()
 
@@ -50,34 +50,39 @@ class Coordinator:
         """The command with this number, once it is posted."""
         return await self._wait(lambda: number < len(self._commands), lambda: self._commands[number])
 
-    async def answer(self, number: int, result: Any) -> None:
+    async def answer(self, key: Hashable, result: Any) -> None:
+        """Leave the result of a command under its number, or something else under a key that the driver knows."""
         async with self._changed:
-            self._results[number] = result
+            self._results[key] = result
             self._changed.notify_all()
 
-    async def result(self, number: int) -> Any:
-        """The result of the command with this number, once rank 0 has answered; handed out once."""
-        return await self._wait(lambda: number in self._results, lambda: self._results.pop(number))
+    async def result(self, key: Hashable) -> Any:
+        """What rank 0 left under this key, once it is there; handed out once."""
+        return await self._wait(lambda: key in self._results, lambda: self._results.pop(key))
 
     async def put_block(self, iteration: int, index: int, reference: Any) -> None:
         """Offer a finished block; `reference` is a list with one object reference (a bare one would be fetched here)."""
         async with self._changed:
-            for key in [key for key in self._blocks if key[0] < iteration]:
-                del self._blocks[key]
             self._blocks[iteration, index] = reference
             self._changed.notify_all()
+
+    async def drop_blocks(self, before: int) -> None:
+        """Free the blocks of iterations before this one: nobody asks for them again."""
+        for key in [key for key in self._blocks if key[0] < before]:
+            del self._blocks[key]
 
     async def block(self, iteration: int, index: int) -> Any:
         """The block at this place of the iteration, once it is finished."""
         return await self._wait(lambda: (iteration, index) in self._blocks, lambda: self._blocks[iteration, index])
 
-    async def log(self, metrics: dict[str, Any]) -> None:
-        self._metrics.append(metrics)
+    async def log(self, record: Any) -> None:
+        """Pass a StepRecord or a Span on to the driver."""
+        self._records.append(record)
 
-    async def drain(self) -> list[dict[str, Any]]:
-        """Metrics since the last call, in order."""
-        metrics, self._metrics = self._metrics, []
-        return metrics
+    async def drain(self) -> list[Any]:
+        """Records since the last call, in order."""
+        records, self._records = self._records, []
+        return records
 
     async def fail(self, error: BaseException) -> None:
         """End every wait with this error; only the first one counts."""

@@ -6,6 +6,7 @@ Plain class, one instance per rank; every method that touches weights is a colle
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.config import LearnerConfig
@@ -64,6 +66,9 @@ class MainPlayer:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._config.grad_clip or float("inf")))
 
+    def wait_for_all_ranks(self) -> None:
+        dist.barrier()
+
     def begin_iteration(self) -> None:
         """Forget the optimizer's moments: as in the paper, every iteration is a fresh fine-tuning from theta_t."""
         optimizer = self._engine.optimizer
@@ -74,24 +79,21 @@ class MainPlayer:
                 if isinstance(value, torch.Tensor):
                     value.zero_()
 
-    def step(self, pairs: Sequence[Pair], *, loss_fn: LossFn, lr: float, normalizer: float) -> dict[str, float]:
+    def step(self, pairs: Sequence[Pair], references: np.ndarray, *, loss_fn: LossFn, lr: float, normalizer: float) -> dict[str, float]:
         """One optimizer step on a global batch; every rank passes the same pairs and trains on its share.
 
+        `references` [num_pairs, 2] float64: log p of the real and the generated answer under theta_t, summed, in nats.
         The gradient is that of sum(loss) / normalizer over the whole batch, whatever the number of ranks and the packing.
         Returns the batch means of the loss function's metrics, and `grad_norm` (before clipping) and `num_tokens`.
         """
-        share = self._hardware.share_prompt
-        lengths = [row_tokens(pair, share_prompt=share) for pair in pairs]
-        plan = plan_micro_batches(lengths, num_ranks=self.world_size, pack_tokens=self._config.pack_tokens)
-        shortest = lengths.index(min(lengths))
+        micro_batches, num_tokens = self._share(pairs)
         sums: dict[str, torch.Tensor] = {}
-        for indices in plan[self.rank]:
-            # An empty micro-batch still runs, on the shortest pair with weight 0: ZeRO's collectives need every rank.
-            loss, metrics = loss_fn(self._pair_logps([pairs[i] for i in indices or [shortest]]))
+        for indices, weighs in micro_batches:
+            loss, metrics = loss_fn(self._pair_logps([pairs[i] for i in indices], references[indices]))
             # Data parallelism averages over ranks, hence the factor world_size.
-            self._engine.backward(loss.sum() * (self.world_size / normalizer if indices else 0.0))
+            self._engine.backward(loss.sum() * (weighs * self.world_size / normalizer))
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.sum() * bool(indices)
+                sums[name] = sums.get(name, 0) + value.sum() * weighs
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -99,16 +101,71 @@ class MainPlayer:
         dist.all_reduce(totals)
         means = {name: total / len(pairs) for name, total in zip(sums, totals.tolist(), strict=True)}
         grad_norm = self._grad_norm if self._clips_itself else self._engine.get_global_grad_norm()
-        return {**means, "grad_norm": float(grad_norm), "num_tokens": sum(lengths)}
+        return {**means, "grad_norm": float(grad_norm), "num_tokens": num_tokens}
 
-    def _pair_logps(self, pairs: Sequence[Pair]) -> PairLogps:
+    def _share(self, pairs: Sequence[Pair]) -> tuple[list[tuple[list[int], bool]], int]:
+        """This rank's micro-batches of a global batch, (indices, whether they count), and the tokens of all ranks.
+
+        An empty micro-batch still runs, on the shortest pair with weight 0: ZeRO's collectives need every rank.
+        """
+        lengths = [row_tokens(pair, share_prompt=self._hardware.share_prompt) for pair in pairs]
+        plan = plan_micro_batches(lengths, num_ranks=self.world_size, pack_tokens=self._config.pack_tokens)
+        shortest = lengths.index(min(lengths))
+        return [(indices or [shortest], bool(indices)) for indices in plan[self.rank]], sum(lengths)
+
+    def _answer_sums(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Log p of the real and the generated answer of each pair, [num_pairs, 2], in nats."""
         packed = pack(pairs, share_prompt=self._hardware.share_prompt).to(self.device)
         logps = self._engine(packed)
-        sums = logps.new_zeros(2 * len(pairs)).index_add(0, packed.answer_of, logps).view(len(pairs), 2)
-        known = [(p.opponent_real_logps.sum(dtype=np.float64), p.opponent_generated_logps.sum(dtype=np.float64)) for p in pairs]
-        opponent = torch.tensor(np.array(known), dtype=logps.dtype, device=self.device)
+        return logps.new_zeros(2 * len(pairs)).index_add(0, packed.answer_of, logps).view(len(pairs), 2)
+
+    def _pair_logps(self, pairs: Sequence[Pair], references: np.ndarray) -> PairLogps:
+        sums = self._answer_sums(pairs)
+        opponent = torch.tensor(references, dtype=sums.dtype, device=self.device)
         num_real = torch.tensor([len(pair.real_ids) for pair in pairs], device=self.device)
         return PairLogps(sums[:, 0], sums[:, 1], opponent[:, 0], opponent[:, 1], num_real)
+
+    def freeze(self) -> None:
+        """Keep a copy of this rank's part of the present weights, for `score(..., frozen=True)`."""
+        self._frozen = [tensor.detach().clone() for tensor in self._weight_storage()]
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[Pair], *, frozen: bool = False) -> np.ndarray:
+        """References of pairs, [num_pairs, 2] float64, summed over each answer, in nats: under the present or the frozen weights.
+
+        Every rank passes the same pairs, scores its share, and gets all of them.
+        """
+        sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
+        with self._frozen_weights() if frozen else nullcontext():
+            for indices, weighs in self._share(pairs)[0]:
+                if weighs:
+                    sums[indices] = self._answer_sums([pairs[i] for i in indices]).to(torch.float64)
+                else:
+                    self._answer_sums([pairs[i] for i in indices])
+        dist.all_reduce(sums)
+        return sums.cpu().numpy()
+
+    @contextmanager
+    def _frozen_weights(self) -> Iterator[None]:
+        """While the body runs, the model computes with the frozen copy: the tensors swap their memory, nothing is copied."""
+        live = [tensor.data for tensor in self._weight_storage()]
+        self._point_weights_at(self._frozen)
+        try:
+            yield
+        finally:
+            self._point_weights_at(live)
+
+    def _point_weights_at(self, memory: Sequence[torch.Tensor]) -> None:
+        for tensor, data in zip(self._weight_storage(), memory, strict=True):
+            tensor.data = data
+
+    def _weight_storage(self) -> list[torch.Tensor]:
+        """The tensors that hold this rank's weights: whole parameters, or under ZeRO-3 their shards and what it keeps gathered."""
+        parameters = list(self._lm.parameters())
+        if self._config.zero_stage < 3:
+            return parameters
+        kept = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+        return [p.ds_tensor for p in parameters] + kept
 
     @torch.no_grad()
     def token_logps(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
@@ -122,7 +179,8 @@ class MainPlayer:
     def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """All weights in Hugging Face names, in buckets of about `bucket_bytes`, on the CPU; other ranks than 0 get empty lists.
 
-        Under ZeRO-3 a bucket is gathered when it is asked for, so no rank ever holds more than one in full.
+        Under ZeRO-3 a bucket is gathered when it is asked for, so no rank ever holds more than one in full. Its tensors may be
+        the live weights: use or copy them before the next bucket.
         """
         bucket: list[tuple[str, torch.nn.Parameter]] = []
         size = 0
@@ -130,16 +188,14 @@ class MainPlayer:
             bucket.append((name, parameter))
             size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
             if size >= bucket_bytes:
-                yield self._gather(bucket)
+                yield from self._gathered(bucket)
                 bucket, size = [], 0
         if bucket:
-            yield self._gather(bucket)
+            yield from self._gathered(bucket)
 
-    def _gather(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, torch.Tensor]]:
+    def _gathered(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
         with deepspeed.zero.GatheredParameters([p for _, p in bucket], enabled=self._config.zero_stage == 3):
-            if self.rank != 0:
-                return []
-            return [(name, parameter.detach().to("cpu", copy=True)) for name, parameter in bucket]
+            yield [(name, parameter.detach().cpu()) for name, parameter in bucket] if self.rank == 0 else []
 
     @property
     def tied_names(self) -> dict[str, str]:
@@ -150,7 +206,7 @@ class MainPlayer:
 
     def export(self, folder: Path, bucket_bytes: int) -> None:
         """Write an HF folder (safetensors, config, tokenizer) that loads in transformers and in vLLM as it is."""
-        state = {name: tensor for bucket in self.weights(bucket_bytes) for name, tensor in bucket}
+        state = {name: tensor.clone() for bucket in self.weights(bucket_bytes) for name, tensor in bucket}
         if self.rank == 0:
             self._lm.save_pretrained(folder, state_dict=state)
             AutoTokenizer.from_pretrained(self.model_path).save_pretrained(folder)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import ray.train
 import ray.train.torch
 
 from spin_ray.background import in_background
+from spin_ray.config import Config
 from spin_ray.learner.coordinator import Coordinator, Failure
 from spin_ray.learner.loop import Stop, TrainReport, WorkerArgs, run_worker
+from spin_ray.placement import Hardware
 
 
 class Learner:
@@ -24,24 +25,33 @@ class Learner:
     `run` sends a command and returns its result; if a worker or the feed of blocks fails, it raises the first error.
     """
 
-    def __init__(self, args: WorkerArgs, *, storage: Path):
+    def __init__(self, config: Config, hardware: Hardware, *, model_path: str, logs: Path, checkpoint: Path | None = None):
         self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote()
-        self._args = dataclasses.replace(args, coordinator=self.coordinator)
-        self._storage = storage
+        self._args = WorkerArgs(
+            coordinator=self.coordinator, model_path=model_path, checkpoint_path=str(checkpoint) if checkpoint else None,
+            config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code, seed=config.run.seed,
+            log_dir=str(logs),
+        )
+        self._storage = logs / "ray_train"
         self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)
         self._thread.start()
 
     def post(self, command: Any) -> int:
         return ray.get(self.coordinator.post.remote(command))
 
-    def result(self, number: int) -> Any:
-        result = ray.get(self.coordinator.result.remote(number))
+    def result(self, key: Hashable) -> Any:
+        """The result of a command, by its number, or what a command announced under another key."""
+        result = ray.get(self.coordinator.result.remote(key))
         if isinstance(result, Failure):
             raise result.error
         return result
 
     def run(self, command: Any) -> Any:
         return self.result(self.post(command))
+
+    def drain(self) -> list[Any]:
+        """StepRecords and Spans that the workers have logged since the last call."""
+        return ray.get(self.coordinator.drain.remote())
 
     def fail(self, error: BaseException) -> None:
         """Make every waiting worker, and the driver, raise this error (its text, if it cannot be sent)."""
@@ -75,14 +85,13 @@ class Learner:
                 self.fail(error)
 
 
-def follow(learner: Learner, number: int, note_step: Callable[[dict[str, Any]], None]) -> TrainReport:
-    """Wait for a Train command, passing the steps' metrics on as they come."""
+def follow(learner: Learner, number: int, note: Callable[[Any], None]) -> TrainReport:
+    """Wait for a Train command, passing its StepRecords and the workers' Spans on as they come."""
     waiting = in_background(learner.result, number)
     while True:
         finished = waiting.done()
-        for record in ray.get(learner.coordinator.drain.remote()):
-            note_step(record)
+        for record in learner.drain():
+            note(record)
         if finished:
             return waiting.result()
         time.sleep(0.2)
-

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ import ray
 
 from spin_ray.chatter import redirect_output
 from spin_ray.config import LearnerConfig
-from spin_ray.errors import RunStopped
 from spin_ray.learner.coordinator import Failure
 from spin_ray.manifest import readable_disk_errors
 from spin_ray.placement import Hardware
-from spin_ray.records import Pair, from_table
+from spin_ray.records import Pair, Span, Version, from_table
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,24 @@ class Train:
     """What a batch's summed loss is divided by: the number of its pairs, or of its tokens."""
     lr: float
     """Peak learning rate."""
-    shuffle_first_epoch: bool
-    """False: take the pairs of epoch 0 as their blocks come in. Later epochs are always shuffled."""
     max_steps: int = 0
     """Stop after this many optimizer steps; 0: no limit."""
-    expected_first_loss: tuple[float, float] | None = None
-    """(l(0), allowed deviation): policy and opponent are the same model at the first step (invariant 2)."""
+    scorer: str = "opponent"
+    """Where the references come from: `reference.scorer`."""
+    wait_for_all: bool = False
+    """Start when all blocks are there (`sequential`)."""
+    snapshot: tuple[int, Version] | None = None
+    """Publish the weights under this version after so many steps, for the opponent to play ahead with."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the driver hears of each optimizer step."""
+
+    iteration: int
+    step: int
+    total_steps: int
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,7 @@ class TrainReport:
     waited_s: float
     """Of wall_s, time without a finished block to train on."""
     first_loss: float
+    """Mean l(z) of the first batch, before any step."""
     peak_memory_gib: float
 
 
@@ -88,7 +101,7 @@ class Score:
 class Publish:
     """Put the weights into the object store; answers with PublishedWeights."""
 
-    version: int
+    version: Version
 
 
 @dataclass(frozen=True)
@@ -102,10 +115,6 @@ class Save:
 @dataclass(frozen=True)
 class Stop:
     pass
-
-
-class FirstLossError(RunStopped):
-    """The first loss of an iteration is not l(0): sampler and learner do not see the same model or tokens."""
 
 
 def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
@@ -128,9 +137,8 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
     worker, number = Worker(player, args), 0
     while not isinstance(command := _get(args.coordinator.command.remote(number)), Stop):
         result = worker.carry_out(command)
-        ray.train.report({"command": number})  # a barrier: every rank is done
-        if player.rank == 0:
-            ray.get(args.coordinator.answer.remote(number, result))
+        player.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
+        worker.answer(number, result)
         number += 1
 
 
@@ -147,58 +155,94 @@ class Worker:
     def __init__(self, player: Any, args: WorkerArgs):
         self._player, self._args = player, args
         self._coordinator = args.coordinator
+        self._iteration = 0
 
     def carry_out(self, command: Any) -> Any:
         match command:
             case Train():
                 return self._train(command)
             case Score():
-                return self._player.token_logps(command.pairs)
+                with self._span("score"):
+                    return self._player.token_logps(command.pairs)
             case Publish():
-                return self._publish(command)
+                with self._span("publish"):
+                    return self._publish(command.version)
             case Save():
-                return self._save(command)
+                with self._span("save"):
+                    return self._save(command)
         raise TypeError(f"unknown command {command!r}")
 
     def _train(self, command: Train) -> TrainReport:
+        self._iteration = command.iteration
         self._player.begin_iteration()
+        ray.get(self._coordinator.drop_blocks.remote(command.iteration))
         config, count, started = self._args.config, Counter(), time.perf_counter()
-        feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes))
+        feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span)
+        blocks = self._scored(list(feed) if command.wait_for_all else feed, command.scorer)
         total_steps = num_steps(command, config.batch_pairs)
         first_loss = float("nan")
-        for step, batch in enumerate(batches(feed, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
+        for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
             if step == total_steps:
                 break
+            if command.snapshot and step == command.snapshot[0]:
+                self.answer(command.snapshot[1], self._publish(command.snapshot[1]))
             lr = learning_rate(step, total_steps, peak=command.lr, warmup_fraction=config.warmup_fraction)
+            pairs, references = [pair for pair, _ in batch], np.array([reference for _, reference in batch])
             begun = time.perf_counter()
-            metrics = self._player.step(batch, loss_fn=command.loss_fn, lr=lr, normalizer=command.normalizer(batch))
+            metrics = self._player.step(pairs, references, loss_fn=command.loss_fn, lr=lr, normalizer=command.normalizer(pairs))
             seconds = time.perf_counter() - begun
             count.update(steps=1, pairs=len(batch), tokens=metrics["num_tokens"])
             if step == 0:
                 first_loss = metrics.get("spin_loss", metrics["loss"])
-                _check_first_loss(first_loss, command)
-            self._log(command.iteration, step, total_steps, {
-                **metrics, "lr": lr, "pairs_per_s": len(batch) / seconds, "tokens_per_s": metrics["num_tokens"] / seconds,
-                "waited_s": feed.waited_s,
-            })
+            self._log(StepRecord(command.iteration, step, total_steps, {
+                **metrics, **staleness(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
+                "tokens_per_s": metrics["num_tokens"] / seconds, "waited_s": feed.waited_s,
+            }))
+        feed.close()
         return TrainReport(
             count["steps"], count["pairs"], count["tokens"], time.perf_counter() - started, feed.waited_s, first_loss, _peak_memory_gib()
         )
 
-    def _log(self, iteration: int, step: int, total_steps: int, metrics: dict[str, float]) -> None:
-        if self._player.rank == 0:
-            ray.get(self._coordinator.log.remote({"iteration": iteration, "step": step, "total_steps": total_steps, "metrics": metrics}))
+    def _scored(self, blocks: Iterable[list[Pair]], scorer: str) -> Iterator[list[Example]]:
+        """The blocks with the references of their pairs: the opponent's, or the learner's own under theta_t.
 
-    def _publish(self, command: Publish) -> Any:
+        `frozen` scores a block when it comes, with a copy of theta_t; `learner` scores all of them before the first step.
+        """
+        if scorer == "opponent":
+            yield from ([(pair, opponent_reference(pair)) for pair in block] for block in blocks)
+        elif scorer == "frozen":
+            self._player.freeze()
+            yield from (list(zip(block, self._player.score(block, frozen=True), strict=True)) for block in blocks)
+        else:
+            yield from [list(zip(block, self._player.score(block), strict=True)) for block in blocks]
+
+    def answer(self, key: Hashable, result: Any) -> None:
+        if self._player.rank == 0:
+            ray.get(self._coordinator.answer.remote(key, result))
+
+    def _log(self, record: Any) -> None:
+        if self._player.rank == 0:
+            ray.get(self._coordinator.log.remote(record))
+
+    def _log_span(self, activity: str, begin: float, end: float) -> None:
+        self._log(Span("main player", activity, self._iteration, begin, end))
+
+    @contextmanager
+    def _span(self, activity: str) -> Iterator[None]:
+        begin = time.time()
+        yield
+        self._log_span(activity, begin, time.time())
+
+    def _publish(self, version: Version) -> Any:
         from spin_ray.exchange.weights import BUCKET_BYTES, PublishedWeights, to_bucket
 
         buckets, num_bytes = [], 0
         for tensors in self._player.weights(BUCKET_BYTES):
             if tensors:
                 bucket = to_bucket(tensors)
-                num_bytes += bucket.data.nbytes
+                num_bytes += bucket.num_bytes
                 buckets.append(ray.put(bucket))
-        return PublishedWeights(command.version, tuple(buckets), num_bytes, self._player.tied_names)
+        return PublishedWeights(version, tuple(buckets), num_bytes, self._player.tied_names)
 
     def _save(self, command: Save) -> None:
         from spin_ray.exchange.weights import BUCKET_BYTES
@@ -209,25 +253,55 @@ class Worker:
                 self._player.save_checkpoint(Path(command.checkpoint_path))
 
 
-class BlockFeed:
-    """An iteration's blocks in order, asked for one ahead; knows how long it had to wait for them."""
+Example = tuple[Pair, np.ndarray]
+"""A pair with its references: log p of the real and of the generated answer under theta_t, [2] float64, summed, in nats."""
 
-    def __init__(self, coordinator: Any, iteration: int, num_blocks: int):
-        self._coordinator, self._iteration, self._num_blocks = coordinator, iteration, num_blocks
+
+def opponent_reference(pair: Pair) -> np.ndarray:
+    """The reference that came with the pair, [2] float64, nats."""
+    return np.array([pair.opponent_real_logps.sum(dtype=np.float64), pair.opponent_generated_logps.sum(dtype=np.float64)])
+
+
+def staleness(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Share of a batch's pairs whose references are a snapshot's, and by how many optimizer steps at most."""
+    early = [pair.scored_steps_early for pair in pairs]
+    return {"stale_share": float(np.mean(np.array(early) > 0)), "max_staleness_steps": float(max(early))}
+
+
+class BlockFeed:
+    """An iteration's blocks in order, asked for one ahead; knows how long it had to wait for them.
+
+    `log_span(activity, begin, end)` hears of the stretches of training between two waits.
+    """
+
+    def __init__(self, coordinator: Any, iteration: int, num_blocks: int, log_span: Callable[[str, float, float], None]):
+        self._coordinator, self._iteration, self._num_blocks, self._log_span = coordinator, iteration, num_blocks, log_span
         self.waited_s = 0.0
+        self._busy_since = time.time()
 
     def __iter__(self) -> Iterator[list[Pair]]:
         asked = [self._ask(0)]
         for index in range(self._num_blocks):
             if index + 1 < self._num_blocks:
                 asked.append(self._ask(index + 1))
-            begun = time.perf_counter()
+            begun = time.time()
             table: pa.Table = ray.get(_get(asked.pop(0))[0])
-            self.waited_s += time.perf_counter() - begun
+            arrived = time.time()
+            self.waited_s += arrived - begun
+            if arrived - begun > NOTICEABLE_WAIT_S:
+                self._log_span("train", self._busy_since, begun)
+                self._busy_since = arrived
             yield from_table(table, Pair)
+
+    def close(self) -> None:
+        """Report the last stretch."""
+        self._log_span("train", self._busy_since, time.time())
 
     def _ask(self, index: int) -> Any:
         return self._coordinator.block.remote(self._iteration, index)
+
+
+NOTICEABLE_WAIT_S = 0.05
 
 
 def num_steps(command: Train, batch_pairs: int) -> int:
@@ -236,24 +310,24 @@ def num_steps(command: Train, batch_pairs: int) -> int:
     return min(steps, command.max_steps or steps)
 
 
-def batches(blocks: Any, command: Train, *, batch_pairs: int, seed: int) -> Iterator[list[Pair]]:
+def batches(blocks: Iterable[list[Any]], command: Train, *, batch_pairs: int, seed: int) -> Iterator[list[Any]]:
     """Global batches of all epochs, the same on every rank.
 
-    Epoch 0 takes the pairs as their blocks come in (unless `shuffle_first_epoch`), later epochs in seeded random order.
-    Every pair comes once per epoch; the last batch of an epoch may be smaller.
+    Epoch 0 takes the pairs as their blocks come in, later epochs in seeded random order. Every pair comes once per epoch;
+    the last batch of an epoch may be smaller.
     """
-    pairs: list[Pair] = []
+    pairs: list[Any] = []
     taken = 0
     for block in blocks:
         pairs += block
-        while not command.shuffle_first_epoch and len(pairs) - taken >= batch_pairs:
+        while len(pairs) - taken >= batch_pairs:
             yield pairs[taken : taken + batch_pairs]
             taken += batch_pairs
     if len(pairs) != sum(command.block_sizes):
         raise RuntimeError(f"iteration {command.iteration} has {len(pairs)} pairs, expected {sum(command.block_sizes)}")
-    if not command.shuffle_first_epoch and taken < len(pairs):
+    if taken < len(pairs):
         yield pairs[taken:]
-    for epoch in range(0 if command.shuffle_first_epoch else 1, command.num_epochs):
+    for epoch in range(1, command.num_epochs):
         order = np.random.default_rng([seed, command.iteration, epoch]).permutation(len(pairs))
         for start in range(0, len(order), batch_pairs):
             yield [pairs[i] for i in order[start : start + batch_pairs]]
@@ -265,17 +339,6 @@ def learning_rate(step: int, total_steps: int, *, peak: float, warmup_fraction: 
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (total_steps - step) / (total_steps - warmup)
-
-
-def _check_first_loss(loss: float, command: Train) -> None:
-    if command.expected_first_loss is None:
-        return
-    expected, allowed = command.expected_first_loss
-    if not abs(loss - expected) <= allowed:
-        raise FirstLossError(
-            f"first loss of iteration {command.iteration} is {loss:.6f}, expected {expected:.6f} ± {allowed:.6f}, because main player and "
-            "opponent are the same model there; sampler and learner disagree about weights, template or log-probs"
-        )
 
 
 def _peak_memory_gib() -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from spin_ray.chatter import redirect_output
 from spin_ray.exchange.weights import PublishedWeights, from_bucket
-from spin_ray.records import Completion, SamplingSettings
+from spin_ray.records import Completion, SamplingSettings, Version
 from spin_ray.sampler.engine import OpponentEngine
 
 
@@ -22,8 +22,8 @@ class SamplerArgs:
     """What a replica needs to start."""
 
     model_path: str
-    version: int
-    """Opponent version that `model_path` holds."""
+    version: Version
+    """What `model_path` holds."""
     dtype: str
     max_model_len: int
     """Longest prompt with its answer, in tokens."""
@@ -43,18 +43,18 @@ class Sampler:
             args.model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
         )
 
-    async def ready(self) -> int:
+    async def ready(self) -> Version:
         """Warm the engine up (the first log-probs compile for seconds) and return its version."""
         settings = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=2, stop_ids=())
         await asyncio.wrap_future(self._engine.sample(self._engine.version, [1, 1], settings))
         await asyncio.wrap_future(self._engine.score(self._engine.version, [1, 1], [1, 1]))
         return self._engine.version
 
-    async def sample(self, version: int, prompts: Sequence[np.ndarray], settings: SamplingSettings) -> list[Completion]:
+    async def sample(self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings) -> list[Completion]:
         futures = [self._engine.sample(version, prompt, settings) for prompt in prompts]
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
-    async def score(self, version: int, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+    async def score(self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probs of given answers, one array [num_answer_tokens] each, in nats."""
         futures = [self._engine.score(version, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return await asyncio.gather(*map(asyncio.wrap_future, futures))

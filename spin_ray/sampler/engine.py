@@ -16,12 +16,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from spin_ray.errors import RunStopped
-from spin_ray.records import Completion, SamplingSettings
-
-
-class WrongVersion(RunStopped):
-    """A sampler was asked for a version that it does not hold (invariant 4)."""
+from spin_ray.errors import WrongVersion
+from spin_ray.records import Completion, SamplingSettings, Version
 
 
 class OpponentEngine:
@@ -31,7 +27,7 @@ class OpponentEngine:
     After an engine error every Future, pending or later, carries that error.
     """
 
-    def __init__(self, model_path: str, *, version: int, dtype: str, max_model_len: int, seed: int, settings: Mapping[str, Any]):
+    def __init__(self, model_path: str, *, version: Version, dtype: str, max_model_len: int, seed: int, settings: Mapping[str, Any]):
         from vllm import EngineArgs, LLMEngine
 
         self.version = version
@@ -48,7 +44,7 @@ class OpponentEngine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def sample(self, version: int, prompt_ids: Sequence[int], settings: SamplingSettings) -> Future[Completion]:
+    def sample(self, version: Version, prompt_ids: Sequence[int], settings: SamplingSettings) -> Future[Completion]:
         """Draw one answer from `version`. Log-probs are of the model itself, before temperature and top-p."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -60,7 +56,7 @@ class OpponentEngine:
         )
         return self._submit(version, prompt_ids, params, lambda output: _completion(version, output.outputs[0]))
 
-    def score(self, version: int, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Future[np.ndarray]:
+    def score(self, version: Version, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Future[np.ndarray]:
         """Log-probs of a given answer under `version` by one prefill, [num_answer_tokens] float32, in nats."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -72,9 +68,9 @@ class OpponentEngine:
         tokens, num_answer = [*map(int, prompt_ids), *map(int, answer_ids)], len(answer_ids)
         return self._submit(version, tokens, params, lambda output: _first_logps(output.prompt_logprobs)[-num_answer:])
 
-    def load(self, version: int, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Future[int]:
+    def load(self, version: Version, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Future[Version]:
         """Replace the weights by those that `tensors()` yields, once the engine is idle; the Future holds the new version."""
-        future: Future[int] = Future()
+        future: Future[Version] = Future()
 
         def swap() -> None:
             while self._pending:
@@ -105,7 +101,7 @@ class OpponentEngine:
 
         def add() -> None:
             if version != self.version:
-                future.set_exception(WrongVersion(f"asked for opponent version {version}, this sampler holds {self.version}"))
+                future.set_exception(WrongVersion(f"asked for {version}, this sampler holds {self.version}"))
                 return
             if len(token_ids) >= self._max_model_len:
                 future.set_exception(ValueError(f"{len(token_ids)} tokens leave no room in an engine of {self._max_model_len}"))
@@ -160,7 +156,7 @@ class OpponentEngine:
                 future.set_exception(error)
 
 
-def _completion(version: int, output: Any) -> Completion:
+def _completion(version: Version, output: Any) -> Completion:
     return Completion(version, np.array(output.token_ids, np.int32), _first_logps(output.logprobs), output.finish_reason)
 
 

@@ -1,12 +1,26 @@
 """All sampler replicas behind one door: prompts go to the least loaded one, weights to all.
 
-One async actor with no CPU of its own; nothing but token ids and log-probs passes through it.
+One async actor with no CPU of its own; nothing but token ids and log-probs passes through it. Ordering contract:
+
+| who waits | for what | unblocked by |
+|---|---|---|
+| a request of a later version | that version | `release`, after `load` |
+| a request of the present version | a replica with room | answers of earlier requests; a replica that joins |
+| `load` | the replicas | the last answer that the present version owes |
+| a replica that joins late | the present weights | its own load of them |
+
+Requests are answered in the order of their `urgency`, then of their arrival; a request of an earlier version is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +29,21 @@ import ray
 
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
+from spin_ray.errors import WrongVersion
 from spin_ray.exchange.weights import PublishedWeights
 from spin_ray.placement import Hardware
-from spin_ray.records import Completion, SamplingSettings
+from spin_ray.records import Completion, SamplingSettings, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
+
+AUDIT, PLAY, EVALUATE = 0, 1, 2
+"""Urgency of a request: the audit is answered before its version is released, evaluation only fills what play leaves free."""
+_ACTIVITY = {AUDIT: "audit", PLAY: "play", EVALUATE: "evaluate"}
+CHUNK = 16
+"""Prompts handed to a replica at a time: small, so that a long-tailed block spreads over all."""
 
 
 def start_opponent(config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path) -> Any:
-    """Start all replicas with the model at `model_path` and return the pool's actor handle at once, while they load."""
+    """Start all replicas with theta_version from `model_path` and return the pool's actor handle at once, while they load."""
     settings = {
         "tensor_parallel_size": config.sampler.tensor_parallel_size, "max_num_seqs": config.sampler.max_num_seqs,
         "trust_remote_code": config.model.trust_remote_code, **hardware.engine,
@@ -30,13 +51,20 @@ def start_opponent(config: Config, model_path: str, version: int, hardware: Hard
     actor = ray.remote(num_cpus=config.sampler.cpus_per_replica, num_gpus=hardware.sampler_gpus, max_concurrency=10_000)(Sampler)
     samplers = [
         actor.remote(SamplerArgs(
-            model_path=model_path, version=version, dtype=hardware.dtype, max_model_len=max_model_len,
+            model_path=model_path, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
             seed=config.run.seed + 1000 * version + replica,  # a resumed run must not draw its first iteration's numbers again
             log_path=str(logs / f"sampler-{replica}.log"), engine=settings, env=hardware.sampler_env,
         ))
         for replica in range(config.sampler.num_replicas)
     ]
-    return ray.remote(num_cpus=0, max_concurrency=10_000)(SamplerPool).remote(samplers)
+    return start_pool(samplers, Version(version), room=config.sampler.max_num_seqs)
+
+
+def start_pool(samplers: Sequence[Any], version: Version, *, room: int) -> Any:
+    """A pool of sampler actors that hold, or are about to hold, `version`; `room` is what one answers at the same time."""
+    pool = ray.remote(num_cpus=0, max_concurrency=100_000)(SamplerPool).remote(list(samplers), version, room=room)
+    pool.start.remote()
+    return pool
 
 
 def sampling_settings(config: Config, chat: ChatFormat) -> SamplingSettings:
@@ -44,46 +72,176 @@ def sampling_settings(config: Config, chat: ChatFormat) -> SamplingSettings:
     return SamplingSettings(sampler.temperature, sampler.top_p, sampler.max_new_tokens, tuple(sorted(chat.stop_ids)))
 
 
+@dataclass
+class _Replica:
+    name: str
+    handle: Any
+    version: Version
+    joined: bool = False
+    outstanding: int = 0
+    """Prompts that it has not yet answered."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Some prompts of one request, for one replica."""
+
+    version: Version
+    urgency: int
+    size: int
+    call: Callable[[Any], Any]
+    """(sampler handle) -> reference to the list of answers."""
+    answers: asyncio.Future = field(compare=False)
+
+
 class SamplerPool:
-    """Routes by the number of prompts that each replica has not yet answered."""
+    """A plain class: its contract is tested with fake samplers, without Ray."""
 
-    def __init__(self, samplers: list[Any]):
-        self._samplers = samplers
-        self._outstanding = [0] * len(samplers)
+    def __init__(self, samplers: Sequence[Any], version: Version, *, room: int):
+        self._replicas = [_Replica(f"opponent {number}", handle, version) for number, handle in enumerate(samplers)]
+        self._version = version
+        self._released = False
+        self._weights: PublishedWeights | None = None
+        self._loading = False
+        self._room = room
+        self._waiting: list[tuple[int, int, _Work]] = []
+        """A heap of (urgency, arrival, work)."""
+        self._arrivals = itertools.count()
+        self._changed = asyncio.Condition()
+        self._error: BaseException | None = None
+        self._spans: deque[Span] = deque()
+        self._tasks: set[asyncio.Task] = set()
 
-    async def ready(self) -> list[int]:
-        """Wait until every replica answers; returns their versions."""
-        return await asyncio.gather(*[sampler.ready.remote() for sampler in self._samplers])
+    async def start(self) -> None:
+        """Let every replica join as soon as it is up."""
+        for replica in self._replicas:
+            self._spawn(self._join(replica))
 
-    async def sample(self, version: int, prompts: Sequence[np.ndarray], settings: SamplingSettings) -> list[Completion]:
+    async def ready(self) -> int:
+        """Wait for the first replica; returns how many have joined."""
+        await self._until(lambda: any(replica.joined for replica in self._replicas))
+        return sum(replica.joined for replica in self._replicas)
+
+    async def sample(
+        self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings, urgency: int = PLAY
+    ) -> list[Completion]:
         """One answer per prompt, in the prompts' order."""
-        return await self._spread(len(prompts), lambda sampler, own: sampler.sample.remote(version, [prompts[i] for i in own], settings))
+        return await self._ask(version, urgency, len(prompts), lambda part: lambda s: s.sample.remote(version, prompts[part], settings))
 
-    async def score(self, version: int, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+    async def score(
+        self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], urgency: int = PLAY
+    ) -> list[np.ndarray]:
         """Log-probs of each given answer, [num_answer_tokens], in nats."""
-        return await self._spread(
-            len(prompts), lambda sampler, own: sampler.score.remote(version, [prompts[i] for i in own], [answers[i] for i in own])
-        )
+        return await self._ask(version, urgency, len(prompts), lambda part: lambda s: s.score.remote(version, prompts[part], answers[part]))
 
     async def load(self, weights: PublishedWeights) -> list[float]:
-        """Every replica loads the version; returns each one's seconds."""
-        return await asyncio.gather(*[sampler.load.remote(weights) for sampler in self._samplers])
+        """Once the present version owes no answer, every replica loads the new one; returns each one's seconds."""
+        await self._until(lambda: not self._owed())
+        self._version, self._weights, self._released = weights.version, weights, False
+        seconds = await asyncio.gather(*[self._load(replica) for replica in self._replicas if replica.joined])
+        self._dispatch()
+        return seconds
 
-    async def _spread(self, count: int, call: Callable[[Any, list[int]], Any]) -> list[Any]:
-        share: list[list[int]] = [[] for _ in self._samplers]
-        for index in range(count):
-            replica = self._outstanding.index(min(self._outstanding))
-            self._outstanding[replica] += 1
-            share[replica].append(index)
-        results: list[Any] = [None] * count
+    async def release(self, version: Version) -> None:
+        """Let requests of the present version other than the audit's be answered."""
+        assert version == self._version, f"{version} is not loaded, {self._version} is"
+        self._released = True
+        await self._note_change()
 
-        async def one(replica: int) -> None:
-            try:
-                answers = await call(self._samplers[replica], share[replica])
-            finally:
-                self._outstanding[replica] -= len(share[replica])
-            for index, answer in zip(share[replica], answers, strict=True):
-                results[index] = answer
+    async def released(self, version: Version) -> None:
+        """Wait until requests of this version are answered (or refused: it has gone by)."""
+        await self._until(lambda: (self._released and version == self._version) or version.precedes(self._version))
 
-        await asyncio.gather(*[one(replica) for replica in range(len(share)) if share[replica]])
-        return results
+    async def spans(self) -> list[Span]:
+        """What the replicas have been busy with since the last call."""
+        spans, self._spans = list(self._spans), deque()
+        return spans
+
+    async def _ask(self, version: Version, urgency: int, count: int, call_of: Callable[[slice], Callable[[Any], Any]]) -> list[Any]:
+        parts = [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+        works = [
+            _Work(version, urgency, part.stop - part.start, call_of(part), asyncio.get_running_loop().create_future()) for part in parts
+        ]
+        for work in works:
+            heapq.heappush(self._waiting, (urgency, next(self._arrivals), work))
+        self._dispatch()
+        return [answer for work in works for answer in await work.answers]
+
+    def _dispatch(self) -> None:
+        """Give what may be answered to the least loaded replicas that have room."""
+        kept = []
+        while self._waiting:
+            entry = heapq.heappop(self._waiting)
+            work: _Work = entry[2]
+            if self._error:
+                work.answers.set_exception(self._error)
+            elif work.version.precedes(self._version):
+                work.answers.set_exception(WrongVersion(f"asked for {work.version}, the samplers are at {self._version}"))
+            elif not self._may_answer(work):
+                kept.append(entry)
+            elif replica := self._least_loaded():
+                replica.outstanding += work.size
+                self._spawn(self._answer(replica, work))
+            else:
+                kept.append(entry)
+                break
+        for entry in kept:
+            heapq.heappush(self._waiting, entry)
+
+    def _may_answer(self, work: _Work) -> bool:
+        return work.version == self._version and (self._released or work.urgency == AUDIT)
+
+    def _least_loaded(self) -> _Replica | None:
+        free = [r for r in self._replicas if r.joined and r.version == self._version and r.outstanding < self._room + CHUNK]
+        return min(free, key=lambda replica: replica.outstanding, default=None)
+
+    async def _answer(self, replica: _Replica, work: _Work) -> None:
+        begin = time.time()
+        try:
+            work.answers.set_result(await work.call(replica.handle))
+        except Exception as error:  # the engine's own; it reaches whoever asked
+            work.answers.set_exception(error)
+        replica.outstanding -= work.size
+        self._spans.append(Span(replica.name, _ACTIVITY[work.urgency], work.version.number, begin, time.time()))
+        self._dispatch()
+        await self._note_change()
+
+    async def _join(self, replica: _Replica) -> None:
+        """Bring a new replica to the present weights, whatever was loaded while it started."""
+        try:
+            await replica.handle.ready.remote()
+            while replica.version != self._version:
+                await self._load(replica)
+        except Exception as error:  # raised again wherever somebody waits for an answer
+            self._error = self._error or error
+        replica.joined = True
+        self._dispatch()
+        await self._note_change()
+
+    async def _load(self, replica: _Replica) -> float:
+        weights, begin = self._weights, time.time()
+        assert weights is not None
+        seconds = await replica.handle.load.remote(weights)
+        replica.version = weights.version
+        self._spans.append(Span(replica.name, "load", weights.version.number, begin, time.time()))
+        return seconds
+
+    def _owed(self) -> bool:
+        """Whether the present version has still to answer something."""
+        return any(replica.outstanding for replica in self._replicas) or any(self._may_answer(work) for *_, work in self._waiting)
+
+    async def _note_change(self) -> None:
+        async with self._changed:
+            self._dispatch()
+            self._changed.notify_all()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._error is not None or condition())
+        if self._error:
+            raise self._error
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,123 @@
+"""Who plays what, in which order, and who waits for whom: all that differs between the overlap modes. No Ray, no model.
+
+| mode | the main player trains on | the opponent plays iteration t + 1 |
+|---|---|---|
+| sequential | iteration t when all of it is played | when theta_{t+1} is released |
+| stream | each block of iteration t as it is finished, replayed ones first | when theta_{t+1} is released |
+| lookahead | the same, blocks played ahead first | its first blocks from a snapshot of the main player, before theta_{t+1} exists |
+
+Ordering contract:
+
+| who waits | for what | unblocked by |
+|---|---|---|
+| main player, before a block of iteration t | that block, in `sequential` all of them | the coordinator, when the driver puts it there |
+| weights theta_{t+1}, before samplers load them | iteration t, and the blocks ahead of t + 1, played | `block_played` of the last of them |
+| the snapshot of t + 1, before samplers load it | iteration t played | `block_played` of its last block |
+| the evaluation of theta_t | iteration t played | `block_played` of its last block |
+| all of them | | `fail`: every present and later wait raises the first error |
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spin_ray.config import Config
+from spin_ray.records import Version
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block of one iteration."""
+
+    iteration: int
+    kind: str
+    """"block": sampled in this iteration; "replay": the iteration before's, re-scored."""
+    index: int
+    size: int
+    """Pairs in the block."""
+    version: Version
+    """Who plays it."""
+
+
+class Overlap:
+    """The schedule of a run from iteration `first` on, and the waits between its two players. Thread-safe."""
+
+    def __init__(self, config: Config, block_sizes: Sequence[int], first: int = 0):
+        self._config, self._sizes, self._first = config, list(block_sizes), first
+        self._played: set[BlockSpec] = set()
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def blocks(self, t: int) -> list[BlockSpec]:
+        """Iteration t's blocks in the order of training: what is ready first comes first."""
+        ahead = self._num_ahead(t)
+        early = self.snapshot(t - 1)
+        versions = [early[1] if early and index < ahead else Version(t) for index in range(len(self._sizes))]
+        new = [BlockSpec(t, "block", index, size, versions[index]) for index, size in enumerate(self._sizes)]
+        replay = [BlockSpec(t, "replay", index, size, Version(t)) for index, size in enumerate(self._sizes)]
+        return new[:ahead] + (replay if self._config.spin.replay and t > 0 else []) + new[ahead:]
+
+    def num_steps(self, t: int) -> int:
+        """Optimizer steps of iteration t: every epoch ends with a batch of its own, however small."""
+        pairs = sum(self._sizes) * (2 if self._config.spin.replay and t > 0 else 1)
+        steps = self._config.spin.num_epochs * -(-pairs // self._config.learner.batch_pairs)
+        return min(steps, self._config.run.max_steps or steps)
+
+    def snapshot(self, t: int) -> tuple[int, Version] | None:
+        """(optimizer steps taken, version) of the snapshot in iteration t that plays ahead into t + 1; None: there is none.
+
+        Its staleness is `lookahead_fraction` of the iteration's steps. 100 steps, fraction 0.1: taken after 90, 10 early.
+        """
+        if self._config.overlap.mode != "lookahead" or not self._first <= t < self._config.spin.num_iterations - 1:
+            return None
+        early = math.ceil(self._config.overlap.lookahead_fraction * self.num_steps(t))
+        return self.num_steps(t) - early, Version(t + 1, early)
+
+    @property
+    def waits_for_all(self) -> bool:
+        """Whether the main player starts an iteration only when all of it is played."""
+        return self._config.overlap.mode == "sequential"
+
+    @property
+    def max_steps_early(self) -> int:
+        """The bound of staleness: optimizer steps that any pair's writer may be short of its version; 0 but in `lookahead`."""
+        return max((early[1].steps_early for t in range(self._config.spin.num_iterations) if (early := self.snapshot(t))), default=0)
+
+    def starts_stale(self, t: int) -> bool:
+        """Whether the first pairs of iteration t were played by a snapshot."""
+        return self.blocks(t)[0].version != Version(t)
+
+    def _num_ahead(self, t: int) -> int:
+        """Blocks of iteration t that the snapshot plays: the same fraction of them, the first ones."""
+        return math.ceil(self._config.overlap.lookahead_fraction * len(self._sizes)) if self.snapshot(t - 1) else 0
+
+    def block_played(self, block: BlockSpec) -> None:
+        with self._changed:
+            self._played.add(block)
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """End every wait with this error; only the first one counts."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def wait_until_may_evaluate(self, version: int) -> None:
+        """Until theta_version has played its own iteration: before that it has better things to do."""
+        self._wait_for(self.blocks(version) if version < self._config.spin.num_iterations else [])
+
+    def wait_until_may_load(self, version: Version) -> None:
+        """Until everything that earlier weights have to play is played."""
+        before = self.blocks(version.number - 1) if version.number > self._first else []
+        here = self.blocks(version.number) if version.number < self._config.spin.num_iterations else []
+        self._wait_for([block for block in [*before, *here] if block.version.precedes(version)])
+
+    def _wait_for(self, blocks: Sequence[BlockSpec]) -> None:
+        missing = set(blocks)
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or missing <= self._played)
+        if self._error:
+            raise self._error
