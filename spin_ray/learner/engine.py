@@ -156,16 +156,16 @@ class MainPlayer:
             self._point_weights_at(live)
 
     def _point_weights_at(self, memory: Sequence[torch.Tensor]) -> None:
+        if self._config.zero_stage == 3:
+            for parameter in self._lm.parameters():
+                if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered: drop that copy
+                    parameter.partition()
         for tensor, data in zip(self._weight_storage(), memory, strict=True):
             tensor.data = data
 
     def _weight_storage(self) -> list[torch.Tensor]:
-        """The tensors that hold this rank's weights: whole parameters, or under ZeRO-3 their shards and what it keeps gathered."""
-        parameters = list(self._lm.parameters())
-        if self._config.zero_stage < 3:
-            return parameters
-        kept = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
-        return [p.ds_tensor for p in parameters] + kept
+        """The tensors that hold this rank's weights: whole parameters, or under ZeRO-3 their shards."""
+        return [p.ds_tensor if self._config.zero_stage == 3 else p for p in self._lm.parameters()]
 
     @torch.no_grad()
     def token_logps(self, pairs: Sequence[Pair]) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from spin_ray.config import LearnerConfig
 from spin_ray.learner.engine import MainPlayer
+from spin_ray.learner.loop import opponent_reference
 from spin_ray.losses import spin_loss
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair
@@ -31,21 +32,28 @@ def batch(seed: int, count: int) -> list[Pair]:
     return pairs
 
 
+def references(pairs: list[Pair]) -> np.ndarray:
+    return np.array([opponent_reference(pair) for pair in pairs])
+
+
 def main(model: str, out: Path, stage: int, optimizer: str) -> None:
     config = LearnerConfig(zero_stage=stage, optimizer=optimizer, pack_tokens=60, grad_clip=0.5)
     player = MainPlayer(model, config, HARDWARE)
     player.begin_iteration()
     loss_fn, steps = functools.partial(spin_loss, beta=0.1, nll_weight=0.1), []
+    player.freeze()
+    before = player.score(batch(9, 5))
     for step, count in enumerate([9, 8, 1]):  # 9 and 1 do not divide by two ranks
         pairs = batch(step, count)
-        steps.append(player.step(pairs, loss_fn=loss_fn, lr=1e-3, normalizer=len(pairs)))
-    logps = player.token_logps(batch(9, 2))
+        steps.append(player.step(pairs, references(pairs), loss_fn=loss_fn, lr=1e-3, normalizer=len(pairs)))
+    scores = {"before": before, "frozen": player.score(batch(9, 5), frozen=True), "after": player.score(batch(9, 5))}
+    logps = player.token_logps(batch(9, 5))
     weights = {name: tensor for bucket in player.weights(bucket_bytes=20_000) for name, tensor in bucket}
     player.save_checkpoint(out / f"checkpoint_{stage}")
     player.load_checkpoint(out / f"checkpoint_{stage}")
     player.export(out / f"model_{stage}", bucket_bytes=20_000)
     if player.rank == 0:
-        torch.save({"steps": steps, "weights": weights, "logps": logps, "tied": player.tied_names}, out / f"stage_{stage}.pt")
+        torch.save({"steps": steps, "weights": weights, "logps": logps, "scores": scores, "tied": player.tied_names}, out / f"stage_{stage}.pt")
 
 
 if __name__ == "__main__":

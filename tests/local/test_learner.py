@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import batch
@@ -92,6 +93,19 @@ def test_steps_are_plain_pytorch_steps(one_worker, plain_torch):
             assert (weight - weights[name].detach()).abs().mean() < 1e-6, name
 
 
+def check_scores(found: dict) -> None:
+    """The frozen copy still scores as theta did before it was trained; the present weights as `token_logps` says."""
+    scores, sums = found["scores"], [logps.sum() for logps in found["logps"]]
+    assert np.abs(scores["after"] - scores["before"]).max() > 1e-2
+    np.testing.assert_allclose(scores["frozen"], scores["before"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scores["after"].reshape(-1), sums, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_references_stay_those_of_the_iteration_s_start(one_worker, stage):
+    check_scores(one_worker[stage])
+
+
 def test_zero_stages_agree(one_worker):
     close(one_worker[0], one_worker[2])
     close(one_worker[0], one_worker[3])
@@ -101,6 +115,7 @@ def test_two_workers_equal_one(one_worker, tiny_model, tmp_path):
     two = run_ranks(tiny_model(tied=True), tmp_path / "out", 2, "adamw")
     for stage in STAGES:
         close(one_worker[stage], two[stage])
+        check_scores(two[stage])
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / f"model_{stage}", dtype=torch.float32)
         for name, parameter in exported.named_parameters():
             assert torch.equal(parameter.detach(), two[stage]["weights"][name]), name

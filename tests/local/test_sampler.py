@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config import Config
+from spin_ray.errors import WrongVersion
 from spin_ray.exchange.weights import from_bucket, to_bucket
 from spin_ray.placement import choose_hardware
-from spin_ray.records import SamplingSettings
-from spin_ray.sampler.engine import OpponentEngine, WrongVersion
+from spin_ray.records import SamplingSettings, Version
+from spin_ray.sampler.engine import OpponentEngine
 
 PROMPT = [3, 50, 60, 70, 1, 4]
 SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=24, stop_ids=tuple(range(1, 30)))
@@ -23,7 +24,7 @@ def opponent(request, tiny_model):
     hardware = choose_hardware(Config(), {"CPU": 2})
     os.environ.update(hardware.sampler_env)
     folder = tiny_model(tied=request.param)
-    engine = OpponentEngine(str(folder), version=0, dtype="float32", max_model_len=64, seed=0, settings=hardware.engine)
+    engine = OpponentEngine(str(folder), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings=hardware.engine)
     yield engine, folder, request.param
     engine.close()
 
@@ -38,12 +39,12 @@ def transformers_logps(model, prompt, answer):
 def test_sampling_scoring_and_loading(opponent):
     engine, folder, tied = opponent
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    drawn = [future.result(60) for future in [engine.sample(0, PROMPT, SAMPLED) for _ in range(40)]]
+    drawn = [future.result(60) for future in [engine.sample(Version(0), PROMPT, SAMPLED) for _ in range(40)]]
     assert len({tuple(c.token_ids) for c in drawn}) > 30
     for completion in drawn:
         expected = transformers_logps(model, PROMPT, completion.token_ids)
         np.testing.assert_allclose(completion.logps, expected, atol=1e-4)
-        np.testing.assert_allclose(engine.score(0, PROMPT, completion.token_ids).result(60), expected, atol=1e-4)
+        np.testing.assert_allclose(engine.score(Version(0), PROMPT, completion.token_ids).result(60), expected, atol=1e-4)
         stopped = completion.finish_reason == "stop"
         ends = [token in SAMPLED.stop_ids for token in completion.token_ids]
         assert sum(ends) == stopped == ends[-1] and (stopped or len(ends) == 24)
@@ -54,25 +55,25 @@ def test_sampling_scoring_and_loading(opponent):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
     bucket = to_bucket((name, parameter.detach()) for name, parameter in model.named_parameters())
     tied_names = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-    assert engine.load(1, lambda: from_bucket(bucket, tied_names)).result(60) == 1
+    assert engine.load(Version(1), lambda: from_bucket(bucket, tied_names)).result(60) == Version(1)
     answer = drawn[0].token_ids
-    after = engine.score(1, PROMPT, answer).result(60)
+    after = engine.score(Version(1), PROMPT, answer).result(60)
     np.testing.assert_allclose(after, transformers_logps(model, PROMPT, answer), atol=1e-4)
     assert np.abs(after - drawn[0].logps).mean() > 0.05  # the load did change the model
 
     # The way of a tensor-parallel engine, whose ranks read a file: back to the first weights.
     engine._several_processes = True
     first = to_bucket((name, p.detach()) for name, p in AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
-    assert engine.load(2, lambda: from_bucket(first, tied_names)).result(60) == 2
-    np.testing.assert_allclose(engine.score(2, PROMPT, answer).result(60), drawn[0].logps, atol=1e-4)
+    assert engine.load(Version(2), lambda: from_bucket(first, tied_names)).result(60) == Version(2)
+    np.testing.assert_allclose(engine.score(Version(2), PROMPT, answer).result(60), drawn[0].logps, atol=1e-4)
 
     # invariant 4: never another version than asked for
-    with pytest.raises(WrongVersion, match="asked for opponent version 0, this sampler holds 2"):
-        engine.sample(0, PROMPT, SAMPLED).result(60)
+    with pytest.raises(WrongVersion, match="asked for theta_0, this sampler holds theta_2"):
+        engine.sample(Version(0), PROMPT, SAMPLED).result(60)
     with pytest.raises(ValueError, match="100 tokens leave no room"):
-        engine.sample(2, [3] * 100, SAMPLED).result(60)
+        engine.sample(Version(2), [3] * 100, SAMPLED).result(60)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_new_tokens=8, stop_ids=(1,))
-    first, second = (engine.sample(2, PROMPT, greedy).result(60) for _ in range(2))
+    first, second = (engine.sample(Version(2), PROMPT, greedy).result(60) for _ in range(2))
     assert first.token_ids.tolist() == second.token_ids.tolist()
 
 
@@ -83,9 +84,9 @@ def test_broken_engine_fails_every_caller(opponent, monkeypatch):
         raise RuntimeError("the engine core died")
 
     monkeypatch.setattr(engine._engine, "step", broken)
-    waiting = [engine.sample(2, PROMPT, SAMPLED), engine.score(2, PROMPT, [5, 6])]
+    waiting = [engine.sample(Version(2), PROMPT, SAMPLED), engine.score(Version(2), PROMPT, [5, 6])]
     for future in waiting:
         with pytest.raises(RuntimeError, match="the engine core died"):
             future.result(60)
     with pytest.raises(RuntimeError, match="the engine core died"):
-        engine.sample(2, PROMPT, SAMPLED).result(60)
+        engine.sample(Version(2), PROMPT, SAMPLED).result(60)

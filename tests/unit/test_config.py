@@ -53,7 +53,8 @@ def test_origins(minimal):
     ("spin.lr=.nan", "spin.lr=nan: must be a positive number"),
     ("learner.num_workers=3", "64 = 21 × 3 + 1"),
     ("learner.optimizer=sgd", "choose one of rmsprop, adamw"),
-    ("overlap.mode=lookahead", "choose one of stream, sequential"),
+    ("overlap.mode=fast", "choose one of stream, sequential, lookahead"),
+    ("overlap.lookahead_fraction=1", "must be in (0, 1)"),
     ("model.path=''", "model.path is not set"),
     ("run.name=a/b", "plain folder name"),
     ("beta", "form key=value"),
@@ -84,3 +85,13 @@ def test_reading_config_and_help_loads_neither_torch_nor_ray():
     code = "import sys; from spin_ray.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
            "assert not {'torch', 'ray', 'vllm', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_lookahead_refuses_the_scorer_that_waits_for_all_blocks(minimal):
+    for scorer, fits in (("opponent", True), ("frozen", True), ("learner", False)):
+        overrides = ["overlap.mode=lookahead", f"reference.scorer={scorer}"]
+        if fits:
+            load_config(minimal, overrides)
+        else:
+            with pytest.raises(BadInput, match=r"lookahead does not go with reference\.scorer=learner: blocks are played ahead"):
+                load_config(minimal, overrides)

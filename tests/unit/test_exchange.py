@@ -12,10 +12,11 @@ import torch
 from spin_ray.config import Config, DataConfig, ModelConfig, RunConfig
 from spin_ray.errors import BadInput
 from spin_ray.exchange import pairs as exchange
-from spin_ray.exchange.audit import Audit, AuditError, allowed_first_loss_deviation, compare
+from spin_ray.exchange.audit import Audit, AuditError, FirstLossError, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.weights import from_bucket, to_bucket
 from spin_ray.manifest import RunDir, written_whole
-from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Pair, Prompt, from_table, to_table
+from spin_ray.overlap import BlockSpec
+from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Pair, Prompt, Version, from_table, to_table
 
 
 def same(left, right):
@@ -42,7 +43,9 @@ def test_prompts_survive_arrow():
 def test_bucket_round_trip_with_tied_name(dtype):
     tensors = [("embed", torch.randn(7, 3).to(dtype)), ("norm", torch.randn(5).to(dtype)), ("scalar", torch.tensor(2.0))]
     bucket = to_bucket(tensors)
-    bucket.data.flags.writeable = False  # as it comes out of the object store
+    for data in bucket.data:
+        data.flags.writeable = False  # as it comes out of the object store
+    assert bucket.num_bytes == 26 * dtype.itemsize + 4
     found = list(from_bucket(bucket, {"head": "embed"}))
     assert [name for name, _ in found] == ["embed", "head", "norm", "scalar"]
     for (_, expected), (_, value) in zip([tensors[0], *tensors], found, strict=True):
@@ -62,8 +65,18 @@ def test_audit_reports_and_stops():
         compare(3, left, [np.array([np.nan, 0.0]), right[1]], tolerance=0.2)
 
 
-def test_allowed_deviation_matches_its_worked_number():
-    assert allowed_first_loss_deviation(0.1, Audit(0, 0.0, 0.0, 0.0, 0.01, 1), 100) == pytest.approx(0.041)
+def test_pair_mismatch_matches_its_worked_number():
+    assert pair_mismatch(Audit(0, 0.0, 0.0, 0.0, 0.01, 1), 100) == pytest.approx(0.4)
+    assert pair_mismatch(Audit(0, 0.0, 0.0, -0.01, 0.0, 1), 100) == pytest.approx(1.0)
+
+
+def test_first_loss_is_checked():
+    assert check_first_loss(1, 0.6935, at_zero=0.6931, mismatch=0.0) == pytest.approx(4e-4)
+    assert check_first_loss(1, 0.7, at_zero=0.6931, mismatch=0.04) == pytest.approx(0.0069)
+    with pytest.raises(FirstLossError, match=r"iteration 1 is 0\.800000, expected 0\.693100 ± 0\.001000"):
+        check_first_loss(1, 0.8, at_zero=0.6931, mismatch=0.0)
+    with pytest.raises(FirstLossError):
+        check_first_loss(1, float("nan"), at_zero=0.6931, mismatch=0.0)
 
 
 def config(tmp_path, **run) -> Config:
@@ -139,20 +152,28 @@ def test_full_disk_names_the_file_and_leaves_nothing(tmp_path, make_pairs, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_blocks_of_an_iteration():
-    kinds = [(block.kind, block.index, block.size) for block in exchange.blocks_of_iteration(1, [4, 3], replay=True)]
-    assert kinds == [("replay", 0, 4), ("replay", 1, 3), ("block", 0, 4), ("block", 1, 3)]
-    assert [b.kind for b in exchange.blocks_of_iteration(0, [4, 3], replay=True)] == ["block", "block"]
-    assert [b.kind for b in exchange.blocks_of_iteration(1, [4, 3], replay=False)] == ["block", "block"]
-
-
 def test_block_of_another_version_is_refused(tmp_path, make_pairs):
-    plan = exchange.PlayPlan(RunDir(tmp_path), None, 1, None)
-    table = to_table([dataclasses.replace(pair, iteration=1, opponent_version=0, scored_version=1) for pair in make_pairs(3)], PAIR_SCHEMA)
-    exchange._check_block(plan, exchange.BlockSpec("replay", 0, 3), table)
-    for block in (exchange.BlockSpec("block", 0, 3), exchange.BlockSpec("replay", 0, 4)):
+    plan = exchange.PlayPlan(RunDir(tmp_path), None, None, max_steps_early=2)
+
+    def spec(kind, size=3):
+        return BlockSpec(1, kind, 0, size, Version(1))
+
+    def table(**changes):
+        return to_table([dataclasses.replace(pair, iteration=1, scored_version=1, **changes) for pair in make_pairs(3)], PAIR_SCHEMA)
+
+    exchange._check_block(plan, spec("replay"), table(opponent_version=0))
+    exchange._check_block(plan, spec("block"), table(opponent_version=1, opponent_steps_early=2))
+    for block, found in (
+        (spec("block"), table(opponent_version=0)), (spec("replay", 4), table(opponent_version=0)),
+        (spec("block"), table(opponent_version=1, opponent_steps_early=3)),
+    ):
         with pytest.raises(RuntimeError, match="expected"):
-            exchange._check_block(plan, block, table)
+            exchange._check_block(plan, block, found)
+
+
+def test_versions_are_ordered_as_the_main_player_reaches_them():
+    assert Version(1, 5).precedes(Version(1, 2)) and Version(1, 2).precedes(Version(1)) and Version(1).precedes(Version(2, 9))
+    assert not Version(1).precedes(Version(1)) and not Version(1).precedes(Version(1, 3))
 
 
 def test_saved_config_is_plain_json(tmp_path):

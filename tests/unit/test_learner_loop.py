@@ -1,19 +1,22 @@
 """The learner's order of things: batches, learning rate, the coordinator's contract. No Ray, no model."""
 
 import asyncio
+import dataclasses
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from spin_ray.learner.coordinator import Coordinator, Failure
-from spin_ray.learner.loop import FirstLossError, Train, _check_first_loss, batches, learning_rate, num_steps
+from spin_ray.learner.loop import Train, Worker, batches, learning_rate, num_steps, opponent_reference, staleness
+from spin_ray.records import Version
 
 
-def command(sizes, *, epochs=2, shuffle=False, max_steps=0, expected=None):
+def command(sizes, *, epochs=2, max_steps=0):
     return Train(
-        iteration=1, block_sizes=tuple(sizes), num_epochs=epochs, loss_fn=None, normalizer=len, lr=1.0,
-        shuffle_first_epoch=shuffle, max_steps=max_steps, expected_first_loss=expected,
+        iteration=1, block_sizes=tuple(sizes), num_epochs=epochs, loss_fn=None, normalizer=len, lr=1.0, max_steps=max_steps
     )
 
 
@@ -22,10 +25,9 @@ def blocks(sizes):
     return [[next(numbers) for _ in range(size)] for size in sizes]
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("sizes", [[4, 4, 3], [1], [10], [2, 9]])
-def test_every_pair_once_per_epoch_last_batch_smaller(sizes, shuffle):
-    train, total = command(sizes, epochs=3, shuffle=shuffle), sum(sizes)
+def test_every_pair_once_per_epoch_last_batch_smaller(sizes):
+    train, total = command(sizes, epochs=3), sum(sizes)
     found = list(batches(blocks(sizes), train, batch_pairs=4, seed=0))
     assert len(found) == num_steps(train, 4) == 3 * -(-total // 4)
     assert Counter(pair for batch in found for pair in batch) == {pair: 3 for pair in range(total)}
@@ -70,12 +72,49 @@ def test_learning_rate_rises_then_falls_to_almost_zero():
     assert learning_rate(0, 1, peak=1.0, warmup_fraction=0.1) == 1.0
 
 
-def test_first_loss_is_checked():
-    _check_first_loss(0.6935, command([1], expected=(0.6931, 1e-3)))
-    with pytest.raises(FirstLossError, match=r"0\.800000, expected 0\.693100 ± 0\.001000"):
-        _check_first_loss(0.8, command([1], expected=(0.6931, 1e-3)))
-    with pytest.raises(FirstLossError):
-        _check_first_loss(float("nan"), command([1], expected=(0.6931, 1e-3)))
+class FakePlayer:
+    """Scores a pair by its prompt_id, 1000 higher with the frozen weights; remembers the order of calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def freeze(self):
+        self.calls.append("freeze")
+
+    def score(self, pairs, *, frozen=False):
+        self.calls.append("score")
+        return np.array([[pair.prompt_id + 1000 * frozen, 0.0] for pair in pairs])
+
+
+def scored(scorer, pairs):
+    """References that the worker gives two blocks, and in which order it scored and yielded."""
+    player = FakePlayer()
+    worker = Worker(player, SimpleNamespace(coordinator=None))
+    references = []
+    for block in worker._scored(iter([pairs[:2], pairs[2:]]), scorer):
+        player.calls.append("yield")
+        references += [reference for _, reference in block]
+    return np.array(references), player.calls
+
+
+def test_references_of_each_scorer(make_pairs):
+    pairs = make_pairs(4)
+    own, calls = scored("opponent", pairs)
+    assert calls == ["yield", "yield"]
+    np.testing.assert_allclose(own, [[p.opponent_real_logps.sum(), p.opponent_generated_logps.sum()] for p in pairs], rtol=1e-6)
+    frozen, calls = scored("frozen", pairs)
+    assert calls == ["freeze", "score", "yield", "score", "yield"] and frozen[:, 0].tolist() == [1000, 1001, 1002, 1003]
+    learner, calls = scored("learner", pairs)
+    assert calls == ["score", "score", "yield", "yield"] and learner[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_staleness(make_pairs):
+    pairs = make_pairs(4)
+    assert staleness(pairs) == {"stale_share": 0.0, "max_staleness_steps": 0.0}
+    pairs[1] = dataclasses.replace(pairs[1], opponent_steps_early=7, scored_steps_early=7)
+    pairs[2] = dataclasses.replace(pairs[2], opponent_steps_early=7)  # replayed: its references are fresh
+    assert staleness(pairs) == {"stale_share": 0.25, "max_staleness_steps": 7.0}
+    assert opponent_reference(pairs[0]).dtype == np.float64
 
 
 def run_async(scenario):
@@ -93,6 +132,8 @@ def test_coordinator_commands_and_results_in_any_order_of_arrival():
         assert await asyncio.gather(*waiting) == ["train", "train"] and await box.command(1) == "save"
         await box.answer(0, "report")
         assert await result == "report"
+        await box.answer(Version(1, 2), "snapshot")  # announced under a key of its own
+        assert await box.result(Version(1, 2)) == "snapshot"
 
     run_async(scenario)
 
@@ -105,7 +146,9 @@ def test_coordinator_blocks_may_come_out_of_order_and_old_iterations_are_dropped
         assert not first.done() and await box.block(0, 1) == ["b"]
         await box.put_block(0, 0, ["a"])
         assert await first == ["a"]
-        await box.put_block(1, 0, ["c"])
+        await box.put_block(1, 0, ["c"])  # the next iteration's may come early
+        assert await box.block(0, 1) == ["b"]
+        await box.drop_blocks(1)
         assert box._blocks == {(1, 0): ["c"]}
 
     run_async(scenario)

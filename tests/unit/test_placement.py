@@ -6,7 +6,7 @@ import pytest
 
 from spin_ray.config import Config, LearnerConfig, ModelConfig, SamplerConfig
 from spin_ray.errors import BadInput
-from spin_ray.placement import choose_hardware
+from spin_ray.placement import choose_hardware, play_processes
 
 
 def config(**parts) -> Config:
@@ -16,7 +16,7 @@ def config(**parts) -> Config:
 def test_cpu_machine():
     hardware = choose_hardware(config(), {"CPU": 2})
     assert (hardware.device, hardware.dtype, hardware.torch_backend) == ("cpu", "float32", "gloo")
-    assert (hardware.sampler_gpus, hardware.learner_gpus, hardware.play_tasks) == (0, 0, 5)
+    assert (hardware.sampler_gpus, hardware.learner_gpus, hardware.blocks_in_flight) == (0, 0, 5)
     assert hardware.learner_env == {"DS_ACCELERATOR": "cpu"}
 
 
@@ -28,7 +28,7 @@ def test_gpu_cluster():
 
 
 def test_too_many_actors_are_named_with_the_sum():
-    with pytest.raises(BadInput, match=r"2 CPU, this run needs 4\.6 = 8 samplers × 0\.5 \+ 1 learner × 0\.5 \+ 1 play task × 0\.1"):
+    with pytest.raises(BadInput, match=r"2 CPU, this run needs 4\.6 = 8 samplers × 0\.5 \+ 1 learner × 0\.5 \+ 1 play process × 0\.1"):
         choose_hardware(config(sampler=SamplerConfig(num_replicas=8)), {"CPU": 2})
     with pytest.raises(BadInput, match="4 GPU, this run needs 5 = 1 sampler × 1 \\+ 4 learners × 1"):
         choose_hardware(config(learner=LearnerConfig(num_workers=4)), {"CPU": 64, "GPU": 4})
@@ -54,5 +54,7 @@ def test_dtype_can_be_asked_for():
     assert choose_hardware(config(model=ModelConfig(dtype="bfloat16")), {"CPU": 2}).audit_tolerance == 0.05
 
 
-def test_play_tasks_never_starve_the_actors():
-    assert choose_hardware(config(sampler=SamplerConfig(num_replicas=3, cpus_per_replica=0.4)), {"CPU": 2}).play_tasks == 3
+def test_a_process_of_the_play_pipeline_holds_many_blocks():
+    sampler = SamplerConfig(num_replicas=64, cpus_per_replica=0.1, max_num_seqs=256, block_prompts=64)
+    assert choose_hardware(config(sampler=sampler), {"CPU": 8}).blocks_in_flight == 257
+    assert [play_processes(number) for number in (1, 64, 65, 257)] == [1, 1, 2, 5]

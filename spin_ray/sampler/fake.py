@@ -1,0 +1,67 @@
+"""A sampler that only takes the time a real one would: for measuring the orchestration, and for forcing what rarely happens."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from spin_ray.errors import WrongVersion
+from spin_ray.exchange.weights import PublishedWeights
+from spin_ray.records import Completion, SamplingSettings, Version
+
+
+class FakeSampler:
+    """Has the verbs of `Sampler`. Works at a fixed rate, as one engine does that is kept full: twice the prompts, twice the time.
+
+    An answer depends on its prompt alone (as greedy ones do): its tokens are a hash of it. `fail_after` prompts it raises,
+    or with `dies` ends its process.
+    """
+
+    def __init__(
+        self, version: Version, *, prompts_per_s: float = 1e6, scores_per_s: float = 1e6, start_s: float = 0.0, load_s: float = 0.0,
+        fail_after: int | None = None, dies: bool = False,
+    ):
+        self._version = version
+        self._seconds = {"sample": 1 / prompts_per_s, "score": 1 / scores_per_s}
+        self._start_s, self._load_s = start_s, load_s
+        self._fail_after, self._dies = fail_after, dies
+        self._free_at = 0.0
+        self.num_prompts = 0
+
+    async def ready(self) -> Version:
+        await asyncio.sleep(self._start_s)
+        return self._version
+
+    async def sample(self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings) -> list[Completion]:
+        await self._work("sample", version, len(prompts))
+        return [self._completion(prompt, settings) for prompt in prompts]
+
+    async def score(self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+        await self._work("score", version, len(prompts))
+        return [np.full(len(answer), -1.0, np.float32) for answer in answers]
+
+    async def load(self, weights: PublishedWeights) -> float:
+        await asyncio.sleep(self._load_s)
+        self._version = weights.version
+        return self._load_s
+
+    async def _work(self, verb: str, version: Version, count: int) -> None:
+        if version != self._version:
+            raise WrongVersion(f"asked for {version}, this sampler holds {self._version}")
+        self.num_prompts += count
+        if self._fail_after is not None and self.num_prompts > self._fail_after:
+            if self._dies:
+                os._exit(1)
+            raise RuntimeError(f"engine failed after {self._fail_after} prompts")
+        self._free_at = max(self._free_at, time.monotonic()) + count * self._seconds[verb]
+        await asyncio.sleep(self._free_at - time.monotonic())
+
+    def _completion(self, prompt: np.ndarray, settings: SamplingSettings) -> Completion:
+        digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
+        ids = np.frombuffer(digest, np.uint8)[: min(8, settings.max_new_tokens)].astype(np.int32)
+        return Completion(self._version, ids, np.full(len(ids), -1.0, np.float32), "stop")

@@ -1,0 +1,182 @@
+"""The sampler pool's ordering contract, with fake samplers in this process: no Ray, no engine."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from spin_ray.errors import WrongVersion
+from spin_ray.exchange.weights import PublishedWeights
+from spin_ray.records import SamplingSettings, Version
+from spin_ray.sampler.fake import FakeSampler
+from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, SamplerPool
+
+SETTINGS = SamplingSettings(0.0, 1.0, 8, ())
+THETA_0, THETA_1 = Version(0), Version(1)
+
+
+class Handle:
+    """What `actor.method.remote(...)` is, for an object in this process."""
+
+    def __init__(self, target, log=None):
+        self._target, self._log = target, log
+
+    def __getattr__(self, name):
+        class Method:
+            @staticmethod
+            def remote(*args):
+                if self._log is not None and name in ("sample", "score", "load"):
+                    self._log.append(name)
+                return asyncio.ensure_future(getattr(self._target, name)(*args))
+
+        return Method
+
+
+def prompts(count):
+    return [np.array([number, 7], np.int32) for number in range(count)]
+
+
+def weights(version):
+    return PublishedWeights(version, (), 0)
+
+
+def run(scenario):
+    return asyncio.run(asyncio.wait_for(scenario(), timeout=10))
+
+
+async def started(*samplers, room=64, log=None, release=True):
+    pool = SamplerPool([Handle(sampler, log) for sampler in samplers], THETA_0, room=room)
+    await pool.start()
+    await pool.ready()
+    if release:
+        await pool.release(THETA_0)
+    return pool
+
+
+def ids(completions):
+    return [completion.token_ids.tolist() for completion in completions]
+
+
+def test_answers_come_in_the_prompts_order_whatever_the_number_of_replicas():
+    async def answers(*samplers):
+        return ids(await (await started(*samplers)).sample(THETA_0, prompts(100), SETTINGS))
+
+    one = run(lambda: answers(FakeSampler(THETA_0)))
+    assert len({tuple(answer) for answer in one}) == 100
+    assert one == run(lambda: answers(FakeSampler(THETA_0, prompts_per_s=2000), FakeSampler(THETA_0), FakeSampler(THETA_0, prompts_per_s=700)))
+
+
+def test_a_slow_replica_gets_less():
+    async def scenario():
+        slow, fast = FakeSampler(THETA_0, prompts_per_s=200), FakeSampler(THETA_0, prompts_per_s=2000)
+        pool = await started(slow, fast, room=CHUNK)
+        await pool.sample(THETA_0, prompts(40 * CHUNK), SETTINGS)
+        assert slow.num_prompts + fast.num_prompts == 40 * CHUNK and fast.num_prompts > 3 * slow.num_prompts
+
+    run(scenario)
+
+
+def test_requests_of_a_later_version_wait_until_it_is_loaded_and_released():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0))
+        early = asyncio.create_task(pool.sample(THETA_1, prompts(3), SETTINGS))
+        gate = asyncio.create_task(pool.released(THETA_1))
+        await pool.sample(THETA_0, prompts(3), SETTINGS)
+        await pool.load(weights(THETA_1))
+        assert len(await pool.score(THETA_1, prompts(2), prompts(2), AUDIT)) == 2  # the audit comes before the release
+        await asyncio.sleep(0.01)
+        assert not early.done() and not gate.done()
+        await pool.release(THETA_1)
+        assert {completion.version for completion in await early} == {THETA_1}
+        await gate
+
+    run(scenario)
+
+
+def test_an_earlier_version_is_refused():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0))
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        with pytest.raises(WrongVersion, match="asked for theta_0, the samplers are at theta_1"):
+            await pool.sample(THETA_0, prompts(1), SETTINGS)
+
+    run(scenario)
+
+
+def test_load_waits_for_what_the_present_version_owes():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, prompts_per_s=400), room=CHUNK)
+        owed = asyncio.create_task(pool.sample(THETA_0, prompts(4 * CHUNK), SETTINGS))
+        await asyncio.sleep(0)
+        load = asyncio.create_task(pool.load(weights(THETA_1)))
+        assert {completion.version for completion in await owed} == {THETA_0}
+        await load
+
+    run(scenario)
+
+
+def test_play_goes_before_evaluation():
+    async def scenario():
+        log = []
+        pool = await started(FakeSampler(THETA_0, prompts_per_s=2000), room=CHUNK, log=log, release=False)
+        evaluation = asyncio.create_task(pool.sample(THETA_0, prompts(4 * CHUNK), SETTINGS, EVALUATE))
+        await asyncio.sleep(0)
+        play = asyncio.create_task(pool.score(THETA_0, prompts(4 * CHUNK), prompts(4 * CHUNK)))
+        await asyncio.sleep(0)
+        await pool.release(THETA_0)
+        await asyncio.gather(evaluation, play)
+        assert log == ["score"] * 4 + ["sample"] * 4
+
+    run(scenario)
+
+
+def test_a_replica_that_joins_late_gets_the_present_weights_and_works():
+    async def scenario():
+        late = FakeSampler(THETA_0, start_s=0.1)
+        pool = await started(FakeSampler(THETA_0, prompts_per_s=400), late, room=CHUNK)
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        answers = await pool.sample(THETA_1, prompts(20 * CHUNK), SETTINGS)
+        assert late.num_prompts > 0 and {completion.version for completion in answers} == {THETA_1}
+
+    run(scenario)
+
+
+def test_an_engine_s_error_reaches_who_asked():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, fail_after=CHUNK))
+        with pytest.raises(RuntimeError, match=f"engine failed after {CHUNK} prompts"):
+            await pool.sample(THETA_0, prompts(3 * CHUNK), SETTINGS)
+
+    run(scenario)
+
+
+def test_a_replica_that_never_comes_up_ends_every_wait():
+    async def scenario():
+        class Broken(FakeSampler):
+            async def ready(self):
+                raise RuntimeError("no GPU")
+
+        pool = SamplerPool([Handle(Broken(THETA_0))], THETA_0, room=8)
+        asked = asyncio.create_task(pool.sample(THETA_0, prompts(1), SETTINGS))
+        await pool.start()
+        for wait in (pool.ready(), asked):
+            with pytest.raises(RuntimeError, match="no GPU"):
+                await wait
+
+    run(scenario)
+
+
+def test_spans_say_who_did_what():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0), FakeSampler(THETA_0))
+        await pool.sample(THETA_0, prompts(2 * CHUNK), SETTINGS)
+        await pool.load(weights(THETA_1))
+        spans = await pool.spans()
+        assert {(span.player, span.activity, span.iteration) for span in spans} == {
+            (f"opponent {replica}", activity, version) for replica in (0, 1) for activity, version in (("play", 0), ("load", 1))
+        }
+        assert all(span.begin <= span.end for span in spans) and await pool.spans() == []
+
+    run(scenario)
