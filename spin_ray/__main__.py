@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("config", help="YAML file, for example conf/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's, such as spin.beta=0.1")
         command.set_defaults(function=function)
+    bench = commands.add_parser("bench", help="Measure; the last line is one JSON object.", description="\n".join(_bench_lines()),
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    bench.add_argument("name", choices=BENCHES, metavar="name")
+    bench.add_argument("options", nargs=argparse.REMAINDER, help="the bench's own; see spin-ray bench NAME --help")
     args = parser.parse_args(argv)
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
     try:
+        if args.command == "bench":
+            return importlib.import_module(f"spin_ray.bench.{args.name}").main(args.options)
         config, origin = load_config(args.config, args.overrides)
         args.function(config, origin)
     except Exception as error:
@@ -74,6 +81,18 @@ COMMANDS: dict[str, tuple[Callable[[Config, dict[str, str]], None], str]] = {
     "eval": (_eval, "Evaluate the model of the config on its held-out data."),
     "config": (_config, "Print the resolved config and where each value came from."),
 }
+
+BENCHES = {
+    "overlap": "the same job in sequential, stream and lookahead: who waits, and is the result the same",
+    "scale": "the real orchestration with simulated players, 1 to 64 sampler replicas and 1 to 8 learner workers",
+    "sync": "a publish-load cycle of 1 GiB of weights against the machine's memcpy",
+    "scripts": "the whole job against a fresh vLLM and a fresh TRL process per iteration",
+}
+
+
+def _bench_lines() -> list[str]:
+    return [f"{name:<9} {help_text}" for name, help_text in BENCHES.items()]
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -33,7 +33,7 @@ class Hardware:
     share_prompt: bool
     """Whether the learner computes the prompt of a pair once."""
     blocks_in_flight: int
-    """Enough to keep every engine full, with one more waiting."""
+    """Enough to keep every engine full twice over: a finished block takes a moment to be replaced."""
     torch_backend: str
     """Collectives of the learner's workers."""
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def choose_hardware(config: Config, total: Mapping[str, float], *, samplers: boo
             "a replica takes as many GPUs as share its model"
         )
     _check_fits("GPU", total, [("sampler", num_replicas, sampler_gpus), ("learner", num_workers, learner_gpus)])
-    blocks_in_flight = num_replicas * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
+    blocks_in_flight = 2 * num_replicas * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
     _check_fits("CPU", total, [*cpus, ("play process", play_processes(blocks_in_flight), PLAY_TASK_CPUS)])
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if sampler_gpus and learner_gpus else "float32")
     tolerance = config.audit.tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]

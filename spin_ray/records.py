@@ -133,7 +133,14 @@ PROMPT_SCHEMA = pa.schema({"prompt_id": pa.int64(), "prompt_ids": _INTS, "real_i
 
 def to_table(records: Sequence[Pair] | Sequence[Prompt], schema: pa.Schema) -> pa.Table:
     """Lay records of one type out as an Arrow table, one row each."""
-    return pa.table({name: pa.array([getattr(r, name) for r in records], type=schema.field(name).type) for name in schema.names})
+    return pa.table({name: _column([getattr(r, name) for r in records], schema.field(name).type) for name in schema.names})
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if not (pa.types.is_list(kind) and values):
+        return pa.array(values, type=kind)
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)  # one copy of the numbers, instead of one Python object each
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(values), type=kind.value_type))
 
 
 def from_table(table: pa.Table, record: type) -> list[Any]:

@@ -14,7 +14,7 @@ from spin_ray.records import Span
 
 COLOURS = {
     "train": "#2a7f4f", "score": "#8fc7a4", "play": "#2f6db3", "evaluate": "#a9c6e8", "audit": "#7d5ba6",
-    "publish": "#e08a1e", "load": "#e08a1e", "save": "#c9a227",
+    "publish": "#e08a1e", "load": "#b3541e", "save": "#c9a227",
 }
 IDLE = "#f2f0ec"
 MOST_ROWS = 16
@@ -22,35 +22,33 @@ SAME_S = 0.02
 """Spans of one activity that are no further apart are drawn as one."""
 
 
+MAIN_PLAYER = "main player"
+
+
 class Timeline:
     """The spans of one run, appended to its timeline.jsonl."""
 
     def __init__(self, run_path: Path):
-        self._file, self._picture = run_path / "timeline.jsonl", run_path / "timeline.png"
-        self._earlier = [json.loads(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
-        self._session = 1 + max((entry["session"] for entry in self._earlier), default=-1)
+        self._run_path = run_path
+        self._earlier = _read(run_path)
+        self._session = 1 + max((session for session, _ in self._earlier), default=-1)
         self._spans: list[Span] = []
 
     def add(self, spans: Iterable[Span]) -> None:
         spans = list(spans)
         self._spans += spans
-        with self._file.open("a") as file:
+        with (self._run_path / "timeline.jsonl").open("a") as file:
             file.writelines(json.dumps({"session": self._session, **asdict(span)}) + "\n" for span in spans)
 
     def idle_share(self, iteration: int) -> float:
-        """Share of an iteration in which the main player did nothing: from the end of the last training to the end of this one."""
-        own = [span for span in self._spans if span.player == "main player"]
-        trained = [span for span in own if span.activity == "train" and span.iteration <= iteration]
-        end = max(span.end for span in trained)
-        begin = max((span.end for span in trained if span.iteration < iteration), default=min(span.begin for span in trained))
-        busy = sum(max(0.0, min(span.end, end) - max(span.begin, begin)) for span in own)
-        return 1 - busy / (end - begin)
+        """Share of an iteration in which the main player did nothing."""
+        return idle_share(self._spans, MAIN_PLAYER, *iteration_windows(self._spans)[iteration])
 
     def draw(self) -> Path | None:
         """Write timeline.png, a row per player; None if nothing happened yet."""
         sessions: dict[int, list[Span]] = {}
-        for entry in [*self._earlier, *({"session": self._session, **asdict(span)} for span in self._spans)]:
-            sessions.setdefault(entry.pop("session"), []).append(Span(**entry))
+        for session, span in [*self._earlier, *((self._session, span) for span in self._spans)]:
+            sessions.setdefault(session, []).append(span)
         if not sessions:
             return None
         begins = [min(span.begin for span in spans) for spans in sessions.values()]
@@ -60,8 +58,43 @@ class Timeline:
             Span(span.player, span.activity, span.iteration, span.begin + shift, span.end + shift)
             for shift, own in zip(shifts, sessions.values(), strict=True) for span in own
         ]
-        _draw(merged(spans), self._picture, borders=[sum(lengths[:k]) for k in range(1, len(lengths))])
-        return self._picture
+        picture = self._run_path / "timeline.png"
+        _draw(merged(spans), picture, borders=[sum(lengths[:k]) for k in range(1, len(lengths))])
+        return picture
+
+
+def read_spans(run_path: Path) -> list[Span]:
+    """All spans of a run."""
+    return [span for _, span in _read(run_path)]
+
+
+def _read(run_path: Path) -> list[tuple[int, Span]]:
+    file = run_path / "timeline.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [(entry.pop("session"), Span(**entry)) for entry in entries]
+
+
+def iteration_windows(spans: Iterable[Span]) -> dict[int, tuple[float, float]]:
+    """Iteration -> (begin, end): from the end of the training before it, or the first play, to the end of its own."""
+    spans = list(spans)
+    trained: dict[int, float] = {}
+    for span in spans:
+        if span.activity == "train":
+            trained[span.iteration] = max(span.end, trained.get(span.iteration, span.end))
+    first = min(trained)
+    played = [span.begin for span in spans if span.activity in ("play", "train") and span.iteration == first]
+    begins = [min(played), *(trained[t] for t in sorted(trained))]
+    return {t: (begin, trained[t]) for t, begin in zip(sorted(trained), begins, strict=False)}
+
+
+def idle_share(spans: Iterable[Span], player: str, begin: float, end: float) -> float:
+    """Share of the time from `begin` to `end` in which a player did nothing."""
+    own = [span for span in spans if span.player == player and span.end > begin and span.begin < end]
+    busy, until = 0.0, begin
+    for start, stop in sorted((max(span.begin, begin), min(span.end, end)) for span in own):
+        busy += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return 1 - busy / (end - begin)
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
@@ -82,8 +115,8 @@ def _draw(spans: Sequence[Span], path: Path, *, borders: Sequence[float]) -> Non
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    opponents = sorted({span.player for span in spans} - {"main player"}, key=lambda name: (len(name), name))
-    rows = ["main player", *opponents[:MOST_ROWS]][::-1]
+    opponents = sorted({span.player for span in spans} - {MAIN_PLAYER}, key=lambda name: (len(name), name))
+    rows = [MAIN_PLAYER, *opponents[:MOST_ROWS]][::-1]
     end = max(span.end for span in spans)
     figure = Figure(figsize=(14, 1.6 + 0.55 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -15,7 +15,7 @@ import ray.train.torch
 from spin_ray.background import in_background
 from spin_ray.config import Config
 from spin_ray.learner.coordinator import Coordinator, Failure
-from spin_ray.learner.loop import Stop, TrainReport, WorkerArgs, run_worker
+from spin_ray.learner.loop import Stop, TrainReport, WorkerArgs, make_main_player, run_worker
 from spin_ray.placement import Hardware
 
 
@@ -25,12 +25,15 @@ class Learner:
     `run` sends a command and returns its result; if a worker or the feed of blocks fails, it raises the first error.
     """
 
-    def __init__(self, config: Config, hardware: Hardware, *, model_path: str, logs: Path, checkpoint: Path | None = None):
+    def __init__(
+        self, config: Config, hardware: Hardware, *, model_path: str, logs: Path, checkpoint: Path | None = None,
+        make_player: Callable[[WorkerArgs], Any] = make_main_player,
+    ):
         self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote()
         self._args = WorkerArgs(
             coordinator=self.coordinator, model_path=model_path, checkpoint_path=str(checkpoint) if checkpoint else None,
             config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code, seed=config.run.seed,
-            log_dir=str(logs),
+            log_dir=str(logs), make_player=make_player,
         )
         self._storage = logs / "ray_train"
         self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)

@@ -40,6 +40,8 @@ class WorkerArgs:
     trust_remote_code: bool
     seed: int
     log_dir: str
+    make_player: Callable[[WorkerArgs], Any]
+    """Makes the worker's main player; not the real one only in measurements of what is around it."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,11 @@ class Stop:
     pass
 
 
-def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
-    """The `train_loop_per_worker` of the one TorchTrainer."""
+def make_main_player(args: WorkerArgs) -> Any:
+    """The real one: model and DeepSpeed engine on this worker's device."""
     import ray.train.torch
     import torch
 
-    args = loop_config["args"]
-    rank = ray.train.get_context().get_world_rank()
-    redirect_output(f"{args.log_dir}/learner-{rank}.log")
     os.environ.update(args.hardware.learner_env)
     from spin_ray.learner.engine import MainPlayer  # DeepSpeed reads the environment when it is imported
 
@@ -134,6 +133,16 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
     player = MainPlayer(args.model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
     if args.checkpoint_path:
         player.load_checkpoint(Path(args.checkpoint_path))
+    return player
+
+
+def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
+    """The `train_loop_per_worker` of the one TorchTrainer."""
+    import ray.train
+
+    args = loop_config["args"]
+    redirect_output(f"{args.log_dir}/learner-{ray.train.get_context().get_world_rank()}.log")
+    player = args.make_player(args)
     worker, number = Worker(player, args), 0
     while not isinstance(command := _get(args.coordinator.command.remote(number)), Stop):
         result = worker.carry_out(command)
@@ -156,6 +165,7 @@ class Worker:
         self._player, self._args = player, args
         self._coordinator = args.coordinator
         self._iteration = 0
+        self._logged: list[Any] = []
 
     def carry_out(self, command: Any) -> Any:
         match command:
@@ -218,11 +228,13 @@ class Worker:
 
     def answer(self, key: Hashable, result: Any) -> None:
         if self._player.rank == 0:
+            ray.get(self._logged)  # what was logged before is there before the answer
             ray.get(self._coordinator.answer.remote(key, result))
 
     def _log(self, record: Any) -> None:
         if self._player.rank == 0:
-            ray.get(self._coordinator.log.remote(record))
+            logged, self._logged = self._logged, [self._coordinator.log.remote(record)]
+            ray.get(logged)  # of the last record: it has long arrived, so that no step waits for it
 
     def _log_span(self, activity: str, begin: float, end: float) -> None:
         self._log(Span("main player", activity, self._iteration, begin, end))

@@ -190,7 +190,7 @@ BAD_INPUT = {
     "no_data": (["data.train=/no/such.jsonl"], "no such file"),
     "typo": (["spin.betta=1"], "nearest known key is spin.beta"),
     "batch": (["learner.num_workers=3"], "32 = 10 × 3 + 2"),
-    "too_many": (["sampler.num_replicas=99"], "this run needs 50.7 = 99 samplers × 0.5"),
+    "too_many": (["sampler.num_replicas=99"], "this run needs 51.3 = 99 samplers × 0.5"),
     "too_long": (["sampler.max_new_tokens=5000"], "the model has 256 positions"),
 }
 

@@ -33,7 +33,7 @@ LAYERS = [
     ("records.py", "chat.py", "data.py", "losses.py", "manifest.py", "chatter.py", "placement.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "background.py", "overlap.py", "timeline.py"),
     ("exchange/weights.py", "exchange/audit.py"), ("sampler/",), ("learner/",), ("exchange/pairs.py",), ("evaluation.py",),
-    ("selfplay.py", "sft.py"), ("__main__.py", "submit.py", "demo/build.py", "demo/tasks.py"),
+    ("selfplay.py", "sft.py"), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/tasks.py"),
 ]
 
 

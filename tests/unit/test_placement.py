@@ -16,7 +16,7 @@ def config(**parts) -> Config:
 def test_cpu_machine():
     hardware = choose_hardware(config(), {"CPU": 2})
     assert (hardware.device, hardware.dtype, hardware.torch_backend) == ("cpu", "float32", "gloo")
-    assert (hardware.sampler_gpus, hardware.learner_gpus, hardware.blocks_in_flight) == (0, 0, 5)
+    assert (hardware.sampler_gpus, hardware.learner_gpus, hardware.blocks_in_flight) == (0, 0, 9)
     assert hardware.learner_env == {"DS_ACCELERATOR": "cpu"}
 
 
@@ -56,5 +56,5 @@ def test_dtype_can_be_asked_for():
 
 def test_a_process_of_the_play_pipeline_holds_many_blocks():
     sampler = SamplerConfig(num_replicas=64, cpus_per_replica=0.1, max_num_seqs=256, block_prompts=64)
-    assert choose_hardware(config(sampler=sampler), {"CPU": 8}).blocks_in_flight == 257
+    assert choose_hardware(config(sampler=sampler), {"CPU": 8}).blocks_in_flight == 513
     assert [play_processes(number) for number in (1, 64, 65, 257)] == [1, 1, 2, 5]

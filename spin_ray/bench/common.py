@@ -1,0 +1,47 @@
+"""What the benches share: the machine in words, a run of the command line, the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spin_ray.errors import RunStopped
+from spin_ray.records import Span
+from spin_ray.timeline import read_spans
+
+
+def machine() -> str:
+    """For a result: what it was measured on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB, {platform.machine()}"
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The bench's last line: one JSON object."""
+    print(json.dumps({**result, "machine": machine()}), flush=True)
+
+
+def run_command(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
+    """Run `python ...` in a process of its own. Raises RunStopped with what it said last if it fails."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], env={**os.environ, "WANDB_MODE": "offline", **(env or {})}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RunStopped(f"{' '.join(map(str, arguments))} failed with code {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
+
+
+def run_spin(config: str, run: Path, overrides: Sequence[str]) -> list[Span]:
+    """A whole `spin-ray run` into the folder `run`; returns its timeline."""
+    run_command("-m", "spin_ray", "run", config, f"run.dir={run.parent}", f"run.name={run.name}", *overrides)
+    return read_spans(run)
+
+
+def last_evaluation(run: Path) -> dict[str, float]:
+    marks = [json.loads(line) for line in (run / "manifest.jsonl").read_text().splitlines()]
+    return next((mark["metrics"] for mark in reversed(marks) if mark["stage"] == "evaluation"), {})

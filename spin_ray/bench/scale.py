@@ -1,0 +1,121 @@
+"""`bench scale`: what the orchestration costs when the players take exactly the time that they are told to.
+
+Real: the loop, Ray Data, pool, coordinator, Ray Train's worker group, blocks, manifest. Simulated: sampler engines and main
+player, which sleep. The paper's proportions (table 2: an iteration's generation takes 1.45 h, its training 4.32 h, from
+iteration 1 on 8.64 h), scaled down in time; ideal is max(generation, training) of every iteration, as if nothing else took
+time. `generation-bound` is a job whose generation takes twice its training, to see the samplers scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from spin_ray.bench.common import print_result
+from spin_ray.chatter import captured_output
+from spin_ray.config import Config, load_config
+from spin_ray.exchange.pairs import write_prompts
+from spin_ray.learner.fake import make_fake_player
+from spin_ray.learner.group import Learner
+from spin_ray.manifest import RunDir
+from spin_ray.model import inspect_model
+from spin_ray.placement import choose_hardware
+from spin_ray.records import Prompt, Version
+from spin_ray.sampler.fake import FakeSampler
+from spin_ray.sampler.pool import start_pool
+from spin_ray.selfplay import Players, Prepared, SelfPlay
+from spin_ray.system import ray_cluster
+from spin_ray.terminal import Terminal
+from spin_ray.timeline import iteration_windows, read_spans
+from spin_ray.tracking import Tracker
+
+HOURS = {"paper": (1.45, (4.32, 8.64)), "generation-bound": (8.64, (4.32, 4.32))}
+"""Proportions -> (generation of an iteration, training of iteration 0 and of later ones), in hours of the paper's run."""
+CEILING = (1.45 * 2 + 4.32 + 8.64) / (4.32 + 8.64)
+"""What perfect overlap gains over playing and training in turn, in two iterations of the paper's run; 1.19 over its four."""
+SIZES = ((1, 1), (4, 1), (16, 2), (64, 1), (64, 8))
+SCORES_PER_SAMPLE = 50
+"""A prefill of an answer takes this much less of an engine's time than sampling it, token by token."""
+
+
+@dataclass(frozen=True)
+class Case:
+    proportions: str
+    num_replicas: int
+    num_workers: int
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="spin-ray bench scale", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds-per-hour", type=float, default=4.0, help="what an hour of the paper's run takes here")
+    parser.add_argument("--prompts", type=int, default=2048)
+    parser.add_argument("--sizes", nargs="*", default=[f"{r}x{w}" for r, w in SIZES], help="replicas x workers, such as 64x8")
+    options = parser.parse_args(argv)
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
+    cases = [Case("paper", *size) for size in sizes] + [Case("generation-bound", *size) for size in sizes if size[1] == 1]
+    results = []
+    for case in cases:
+        with tempfile.TemporaryDirectory(prefix="spin-ray-bench-") as folder:
+            results.append(measure(case, Path(folder), seconds_per_hour=options.seconds_per_hour, num_prompts=options.prompts))
+        print(results[-1], flush=True)
+    largest = max((r for r in results if r["proportions"] == "paper"), key=lambda r: (r["num_replicas"], r["num_workers"]))
+    print_result({
+        "pairs_per_s": {f"{r['proportions']} {r['num_replicas']}x{r['num_workers']}": r["pairs_per_s"] for r in results},
+        "efficiency": largest["efficiency"], "overhead_share": round(1 - largest["efficiency"], 4),
+        "overlap_ceiling_over_sequential": round(CEILING, 3), "seconds_per_hour": options.seconds_per_hour, "cases": results,
+    })
+    return 0
+
+
+def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: int) -> dict[str, Any]:
+    """Play two iterations; the efficiency is ideal over measured seconds, from the first play to the last step."""
+    generation, trainings = HOURS[case.proportions]
+    generation_s, training_s = generation * seconds_per_hour, [hours * seconds_per_hour for hours in trainings]
+    config, _ = load_config("conf/demo.yaml", [
+        f"run.dir={folder}", "run.name=scale", "data.eval=''", "spin.num_iterations=2", "spin.num_epochs=2", "tracking.wandb.mode=disabled",
+        f"sampler.num_replicas={case.num_replicas}", f"learner.num_workers={case.num_workers}", "sampler.cpus_per_replica=0",
+        "learner.cpus_per_worker=0.01", "sampler.block_prompts=16", "sampler.max_num_seqs=32",
+    ])
+    speed = num_prompts / generation_s / case.num_replicas * (1 + 1 / SCORES_PER_SAMPLE)  # sampling and scoring y fill generation_s
+    rates = [2 * num_prompts * (1 + (t > 0)) / seconds for t, seconds in enumerate(training_s)]
+    run = RunDir.open(config, "run")
+    os.environ["WANDB_MODE"] = "disabled"
+    with captured_output(run.logs / "driver.log"), ray_cluster(config):
+        play(config, run, speed, rates, num_prompts)
+    windows = iteration_windows(read_spans(run.path))
+    measured = windows[1][1] - windows[0][0]
+    ideal = sum(max(generation_s, seconds) for seconds in training_s)
+    return {
+        "proportions": case.proportions, "num_replicas": case.num_replicas, "num_workers": case.num_workers,
+        "ideal_s": round(ideal, 2), "measured_s": round(measured, 2), "efficiency": round(ideal / measured, 4),
+        "pairs_per_s": round(2 * num_prompts / measured, 1),
+        "gain_over_sequential": round((2 * generation_s + sum(training_s)) / measured, 3),
+    }
+
+
+def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int) -> None:
+    """The whole loop with fake players."""
+    facts, rng = inspect_model(config), np.random.default_rng(0)
+    ids = rng.integers(5, 500, (num_prompts, 52)).astype(np.int32)
+    prompts = [Prompt(number, row[:40], row[40:]) for number, row in enumerate(ids)]
+    prepared = Prepared(prompts, [], write_prompts(run, prompts, config.sampler.block_prompts))
+    hardware = choose_hardware(config, ray.cluster_resources())
+    fake = ray.remote(num_cpus=0, max_concurrency=1000)(FakeSampler)
+    samplers = [
+        fake.remote(Version(0), prompts_per_s=speed, scores_per_s=speed * SCORES_PER_SAMPLE) for _ in range(config.sampler.num_replicas)
+    ]
+    ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs
+    pool = start_pool(samplers, Version(0), room=config.sampler.max_num_seqs)
+    learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=functools.partial(make_fake_player, pairs_per_s=rates))
+    with Tracker(config, run.path) as tracker, open(os.devnull, "w") as nowhere:
+        SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), tracker, Terminal(nowhere)).play()
+    learner.stop()
