@@ -15,7 +15,7 @@ from spin_ray.errors import BadInput
 PLAY_TASK_CPUS = 0.1
 """A process of the play pipeline mostly waits for the samplers; it must fit beside the actors."""
 
-BLOCKS_PER_PROCESS = 64
+BLOCKS_PER_PROCESS = 256
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Version t is the model theta_t of the paper: version 0 is the SFT model, version
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,18 @@ class Span:
     begin: float
     """Seconds since the epoch."""
     end: float
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """One version of the weights, ready to be loaded by any number of samplers."""
+
+    version: Version
+    buckets: tuple[Any, ...]
+    """Ray references to the WeightBuckets, in the order of the model's parameters."""
+    num_bytes: int
+    tied_names: Mapping[str, str] = field(default_factory=dict)
+    """Second name -> first name of weights that the model knows twice."""
 
 
 def real_only(prompt: Prompt, version: int) -> Pair:

@@ -36,7 +36,6 @@ from spin_ray.errors import BadInput
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.pairs import PlayPlan, play, write_prompts, write_table
-from spin_ray.exchange.weights import PublishedWeights
 from spin_ray.learner.group import Learner, follow
 from spin_ray.learner.loop import Publish, Save, Score, StepRecord, Train, TrainReport
 from spin_ray.losses import LOSS_AT_ZERO, spin_loss
@@ -44,7 +43,7 @@ from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.overlap import BlockSpec, Overlap
 from spin_ray.placement import Hardware
-from spin_ray.records import PROMPT_SCHEMA, Prompt, Span, Version, from_table, real_only, to_table
+from spin_ray.records import PROMPT_SCHEMA, Prompt, PublishedWeights, Span, Version, from_table, real_only, to_table
 from spin_ray.sampler.pool import AUDIT, sampling_settings, start_opponent
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from spin_ray.records import Version
 
 BUCKET_BYTES = 256 * 2**20
 
@@ -33,18 +30,6 @@ class WeightBucket:
     @property
     def num_bytes(self) -> int:
         return sum(data.nbytes for data in self.data)
-
-
-@dataclass(frozen=True)
-class PublishedWeights:
-    """One version of the weights, ready to be loaded by any number of samplers."""
-
-    version: Version
-    buckets: tuple[Any, ...]
-    """Ray references to the WeightBuckets, in the order of the model's parameters."""
-    num_bytes: int
-    tied_names: Mapping[str, str] = field(default_factory=dict)
-    """Second name -> first name of weights that the model knows twice."""
 
 
 def to_bucket(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:

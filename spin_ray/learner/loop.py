@@ -24,7 +24,7 @@ from spin_ray.config import LearnerConfig
 from spin_ray.learner.coordinator import Failure
 from spin_ray.manifest import readable_disk_errors
 from spin_ray.placement import Hardware
-from spin_ray.records import Pair, Span, Version, from_table
+from spin_ray.records import Pair, PublishedWeights, Span, Version, from_table
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Worker:
         self._log_span(activity, begin, time.time())
 
     def _publish(self, version: Version) -> Any:
-        from spin_ray.exchange.weights import BUCKET_BYTES, PublishedWeights, to_bucket
+        from spin_ray.exchange.weights import BUCKET_BYTES, to_bucket
 
         buckets, num_bytes = [], 0
         for tensors in self._player.weights(BUCKET_BYTES):

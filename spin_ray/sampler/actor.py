@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from spin_ray.chatter import redirect_output
-from spin_ray.exchange.weights import PublishedWeights, from_bucket
-from spin_ray.records import Completion, SamplingSettings, Version
-from spin_ray.sampler.engine import OpponentEngine
+from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,8 @@ class Sampler:
     def __init__(self, args: SamplerArgs):
         redirect_output(args.log_path)
         os.environ.update(args.env)
+        from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
+
         self._engine = OpponentEngine(
             args.model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
         )
@@ -68,6 +68,8 @@ class Sampler:
     @staticmethod
     def _tensors(weights: PublishedWeights, started: list[float]) -> Iterator[tuple[str, Any]]:
         import ray
+
+        from spin_ray.exchange.weights import from_bucket
 
         started.append(time.perf_counter())
         for reference in weights.buckets:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from spin_ray.errors import WrongVersion
-from spin_ray.exchange.weights import PublishedWeights
-from spin_ray.records import Completion, SamplingSettings, Version
+from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
 
 
 class FakeSampler:

@@ -30,9 +30,8 @@ import ray
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.errors import WrongVersion
-from spin_ray.exchange.weights import PublishedWeights
 from spin_ray.placement import Hardware
-from spin_ray.records import Completion, SamplingSettings, Span, Version
+from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
 
 AUDIT, PLAY, EVALUATE = 0, 1, 2

@@ -9,12 +9,18 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
+
+from spin_ray.timeline import read_spans
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "spin.num_iterations=2", "spin.num_epochs=1", "data.max_prompts=40", "data.max_eval_prompts=24",
     "sampler.block_prompts=16", "learner.batch_pairs=16",
 ]
+
+
+TWO = ["sampler.num_replicas=2", "sampler.temperature=0"]
 
 
 def spin_ray(*arguments: str, timeout: int = 420) -> subprocess.CompletedProcess:
@@ -45,9 +51,9 @@ def snapshot(run: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A finished run of two iterations with two sampler replicas."""
+    """A finished run of two iterations, in stream, with two sampler replicas and greedy answers."""
     runs = tmp_path_factory.mktemp("runs")
-    done = run_small(runs, "two", "sampler.num_replicas=2")
+    done = run_small(runs, "two", *TWO)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     assert "finished: the model is" in done.stdout and "match T=1" in done.stdout
     for noise in ("WARNING", "INFO", "vllm", "deepspeed", "raylet"):
@@ -80,8 +86,9 @@ def test_pairs_have_their_schema_and_versions_without_gap_or_duplicate(finished)
     assert [row["opponent_real_logps"] for row in replayed] != [row["opponent_real_logps"] for row in written]
     assert list(written[0]) == [
         "prompt_id", "iteration", "opponent_version", "scored_version", "prompt_ids", "real_ids", "generated_ids",
-        "opponent_real_logps", "opponent_generated_logps", "finish_reason",
+        "opponent_real_logps", "opponent_generated_logps", "finish_reason", "opponent_steps_early", "scored_steps_early",
     ]
+    assert {(row["opponent_steps_early"], row["scored_steps_early"]) for row in written + replayed} == {(0, 0)}
     for row in written + replayed:
         assert len(row["opponent_generated_logps"]) == len(row["generated_ids"]) and len(row["opponent_real_logps"]) == len(row["real_ids"])
         assert (row["generated_ids"][-1] == 1) == (row["finish_reason"] == "stop") and row["real_ids"].count(1) == 1
@@ -102,7 +109,7 @@ def test_promised_metrics_are_logged(finished):
     for key in (
         "train/loss", "train/margin", "train/accuracy", "train/real_logp_change_nats", "train/generated_logp_change_nats", "train/grad_norm",
         "train/lr", "train/pairs_per_s", "train/waited_s", "sampler/tokens_per_s", "sync/load_s", "sync/gib_per_s",
-        "audit/mean_abs_logp_difference_nats", "eval/real_nll_nats_per_token", "eval/exact_match_t1_share", "eval/exact_match_greedy_share",
+        "audit/mean_abs_logp_difference_nats", "audit/first_loss_deviation", "iteration/learner_idle_share", "train/stale_share", "eval/real_nll_nats_per_token", "eval/exact_match_t1_share", "eval/exact_match_greedy_share",
         "eval/generated_tokens", "eval/truncated_share", "eval/same_as_real_share",
     ):
         assert metrics(finished, key), key
@@ -126,13 +133,13 @@ def test_exported_model_loads_in_transformers_and_gives_the_sampler_s_numbers(fi
 
 def test_second_run_of_the_same_command_changes_nothing(finished):
     before = snapshot(finished)
-    again = run_small(finished.parent, "two", "sampler.num_replicas=2")
+    again = run_small(finished.parent, "two", *TWO)
     assert again.returncode == 0 and "is finished" in again.stdout
     assert snapshot(finished) == before
 
 
 def test_other_config_is_refused_with_the_difference(finished):
-    refused = run_small(finished.parent, "two", "sampler.num_replicas=2", "spin.beta=0.5")
+    refused = run_small(finished.parent, "two", *TWO, "spin.beta=0.5")
     assert refused.returncode == 2 and "spin.beta: 0.1 -> 0.5" in refused.stderr
 
 
@@ -151,7 +158,7 @@ def test_unfinished_run_goes_on_where_it_was(finished):
             path.unlink()
     done_before = ("iter_000/pairs", "iter_000/model", "iter_001/pairs/block_00000.parquet")
     kept = {name: stat for name, stat in snapshot(run).items() if name.startswith(done_before)}
-    done = run_small(finished.parent, "resumed", "sampler.num_replicas=2")
+    done = run_small(finished.parent, "resumed", *TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     after = snapshot(run)
     assert {name: after[name] for name in kept} == kept
@@ -160,17 +167,49 @@ def test_unfinished_run_goes_on_where_it_was(finished):
     assert (run / "wandb_id").read_text() == (finished / "wandb_id").read_text()
 
 
-def test_own_model_folder_and_own_jsonl_sequential_two_workers(tiny_model, tmp_path):
-    """Nothing but model.path and data.train changed, plus what this test is about: sequential mode, two ZeRO-3 workers."""
+def test_timeline_shows_both_players(finished):
+    spans = read_spans(finished)
+    assert {span.player for span in spans} == {"main player", "opponent 0", "opponent 1"}
+    assert {"train", "publish", "save", "score", "play", "evaluate", "load", "audit"} == {span.activity for span in spans}
+    assert (finished / "timeline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_sequential_with_one_replica_and_the_learner_as_scorer_gives_the_same_run(finished):
+    """Overlap, number of replicas and who computes the references change nothing but float noise."""
+    done = run_small(finished.parent, "sequential", "sampler.temperature=0", "overlap.mode=sequential", "reference.scorer=learner")
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = finished.parent / "sequential"
+    for path in sorted(finished.glob("iter_*/pairs/*.parquet")):
+        left, right = pq.read_table(path), pq.read_table(other / path.relative_to(finished))
+        for column in ("prompt_id", "opponent_version", "generated_ids"):
+            assert left.column(column).to_pylist() == right.column(column).to_pylist(), path
+        assert all(logps == [] for logps in right.column("opponent_real_logps").to_pylist())
+    for t in (0, 1):
+        theirs = load_file(other / f"iter_00{t}/model/model.safetensors")
+        for name, weight in load_file(finished / f"iter_00{t}/model/model.safetensors").items():
+            # Adam turns rounding noise in a gradient that is almost 0 into a whole step: the mean, far below one step of 3e-4.
+            assert (weight - theirs[name]).abs().mean() < 1e-5, name
+    train_spans = [span for span in read_spans(other) if span.activity == "train" and span.iteration == 0]
+    played = max(span.end for span in read_spans(other) if span.activity == "play" and span.iteration == 0)
+    assert max(span.end for span in train_spans) > played and metrics(other, "train/waited_s")[0] > 0
+
+
+def test_own_model_and_data_lookahead_frozen_two_workers(tiny_model, tmp_path):
+    """A user's own JSONL and untied model; lookahead, references by a frozen copy, two ZeRO-3 workers."""
     rows = [{"prompt": f"What is {k}?", "response": f"It is {k}."} for k in range(24)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = spin_ray(
         "run", "conf/demo.yaml", f"run.dir={tmp_path}", "run.name=own", f"model.path={tiny_model(tied=False)}", f"data.train={tmp_path / 'own.jsonl'}",
-        "data.eval=''", "overlap.mode=sequential", "learner.num_workers=2", "learner.zero_stage=3", "learner.batch_pairs=8", "spin.num_iterations=1",
+        "data.eval=''", "learner.num_workers=2", "learner.zero_stage=3", "learner.batch_pairs=8", "spin.num_iterations=2", "sampler.block_prompts=8",
+        "overlap.mode=lookahead", "overlap.lookahead_fraction=0.3", "reference.scorer=frozen",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    report = next(mark["report"] for mark in manifest(tmp_path / "own") if mark["stage"] == "iteration")
-    assert report["first_loss"] == pytest.approx(0.693147, abs=1e-4) and report["num_pairs"] == 2 * 24
+    reports = [mark["report"] for mark in manifest(tmp_path / "own") if mark["stage"] == "iteration"]
+    assert [report["num_pairs"] for report in reports] == [2 * 24, 2 * 48]
+    assert [report["first_loss"] for report in reports] == pytest.approx([0.693147] * 2, abs=1e-4)  # frozen scores stale pairs under theta_1
+    early = [pq.read_table(tmp_path / f"own/iter_001/pairs/block_0000{k}.parquet").column("opponent_steps_early").to_pylist() for k in range(3)]
+    assert early == [[2] * 8, [0] * 8, [0] * 8]  # 6 steps, 0.3 of them; the first of three blocks
+    assert metrics(tmp_path / "own", "train/stale_share")[:7] == [0.0] * 6 + [1.0] and max(metrics(tmp_path / "own", "train/max_staleness_steps")) == 2
 
 
 def test_sft_then_eval(tmp_path):
@@ -190,7 +229,7 @@ BAD_INPUT = {
     "no_data": (["data.train=/no/such.jsonl"], "no such file"),
     "typo": (["spin.betta=1"], "nearest known key is spin.beta"),
     "batch": (["learner.num_workers=3"], "32 = 10 × 3 + 2"),
-    "too_many": (["sampler.num_replicas=99"], "this run needs 51.3 = 99 samplers × 0.5"),
+    "too_many": (["sampler.num_replicas=99"], "this run needs 50.4 = 99 samplers × 0.5"),
     "too_long": (["sampler.max_new_tokens=5000"], "the model has 256 positions"),
 }
 

@@ -28,7 +28,7 @@ def test_gpu_cluster():
 
 
 def test_too_many_actors_are_named_with_the_sum():
-    with pytest.raises(BadInput, match=r"2 CPU, this run needs 4\.7 = 8 samplers × 0\.5 \+ 1 learner × 0\.5 \+ 2 play processs? × 0\.1"):
+    with pytest.raises(BadInput, match=r"2 CPU, this run needs 4\.6 = 8 samplers × 0\.5 \+ 1 learner × 0\.5 \+ 1 play process × 0\.1"):
         choose_hardware(config(sampler=SamplerConfig(num_replicas=8)), {"CPU": 2})
     with pytest.raises(BadInput, match="4 GPU, this run needs 5 = 1 sampler × 1 \\+ 4 learners × 1"):
         choose_hardware(config(learner=LearnerConfig(num_workers=4)), {"CPU": 64, "GPU": 4})
@@ -57,4 +57,4 @@ def test_dtype_can_be_asked_for():
 def test_a_process_of_the_play_pipeline_holds_many_blocks():
     sampler = SamplerConfig(num_replicas=64, cpus_per_replica=0.1, max_num_seqs=256, block_prompts=64)
     assert choose_hardware(config(sampler=sampler), {"CPU": 8}).blocks_in_flight == 513
-    assert [play_processes(number) for number in (1, 64, 65, 257)] == [1, 1, 2, 5]
+    assert [play_processes(number) for number in (1, 256, 257, 513)] == [1, 1, 2, 3]

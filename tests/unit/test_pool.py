@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from spin_ray.errors import WrongVersion
-from spin_ray.exchange.weights import PublishedWeights
-from spin_ray.records import SamplingSettings, Version
+from spin_ray.records import PublishedWeights, SamplingSettings, Version
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, SamplerPool
 
