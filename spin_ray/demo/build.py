@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from spin_ray.demo import HERE
 from spin_ray.demo.tasks import careless_answer, draw_task
 
-NUM_TRAIN, NUM_HELDOUT = 800, 500
+NUM_TRAIN, NUM_HELDOUT, NUM_MORE = 800, 500, 2_400
 CAREFUL_SHARE = 0.4
 VOCAB_SIZE = 1024
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -38,25 +38,29 @@ CHAT_TEMPLATE = (
 
 
 def build_data() -> None:
-    """Write train.jsonl and heldout.jsonl: distinct instructions, none in both."""
+    """Write train.jsonl (NUM_TRAIN + NUM_MORE rows) and heldout.jsonl: distinct instructions, none in both."""
     rng, seen = Random(0), set()
-    for name, count in (("train", NUM_TRAIN), ("heldout", NUM_HELDOUT)):
-        rows = []
-        while len(rows) < count:
+
+    def rows(count: int) -> list[str]:
+        found: list[str] = []
+        while len(found) < count:
             task = draw_task(rng)
-            if task.instruction in seen:
-                continue
-            seen.add(task.instruction)
-            turns = [{"role": "user", "content": task.instruction}, {"role": "assistant", "content": task.careful}]
-            rows.append(json.dumps({"messages": turns, "answer": task.careful}))
-        (HERE / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+            if task.instruction not in seen:
+                seen.add(task.instruction)
+                turns = [{"role": "user", "content": task.instruction}, {"role": "assistant", "content": task.careful}]
+                found.append(json.dumps({"messages": turns, "answer": task.careful}) + "\n")
+        return found
+
+    train, heldout = rows(NUM_TRAIN), rows(NUM_HELDOUT)
+    (HERE / "train.jsonl").write_text("".join(train + rows(NUM_MORE)))
+    (HERE / "heldout.jsonl").write_text("".join(heldout))
 
 
 def corpus(seed: int) -> Iterator[tuple[str, str]]:
-    """An endless stream of (instruction, answer), 40 % careful, without the questions of train.jsonl and heldout.jsonl."""
+    """An endless stream of (instruction, answer), 40 % careful, without the held-out questions and the first of train.jsonl."""
     rng = Random(seed)
-    files = [HERE / "train.jsonl", HERE / "heldout.jsonl"]
-    kept_back = {json.loads(line)["messages"][0]["content"] for file in files for line in file.read_text().splitlines()}
+    lines = (HERE / "train.jsonl").read_text().splitlines()[:NUM_TRAIN] + (HERE / "heldout.jsonl").read_text().splitlines()
+    kept_back = {json.loads(line)["messages"][0]["content"] for line in lines}
     while True:
         task = draw_task(rng)
         if task.instruction not in kept_back:
