@@ -112,6 +112,11 @@ class SamplerConfig:
     """Prompts in one block: the unit of work, of durability and of streaming."""
     max_num_seqs: int = 256
     """Answers that one engine writes at the same time."""
+    request_timeout_s: float = 1800.0
+    """Seconds after which a replica that still owes an answer counts as hanging, and is started anew."""
+    max_restarts: int = 5
+    """Restarts of replicas that are put up with within `restart_window_s`; one more stops the run with the first error."""
+    restart_window_s: float = 600.0
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory for the engine."""
 
@@ -223,12 +228,14 @@ CHOICES = {
 AT_LEAST_ONE = (
     "data.max_prompt_tokens", "data.max_answer_tokens", "spin.num_iterations", "spin.num_epochs", "sft.num_epochs",
     "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.max_new_tokens", "sampler.block_prompts",
-    "sampler.max_num_seqs", "learner.num_workers", "learner.batch_pairs", "learner.pack_tokens", "audit.num_prompts",
+    "sampler.max_num_seqs", "sampler.request_timeout_s",
+    "learner.num_workers", "learner.batch_pairs", "learner.pack_tokens", "audit.num_prompts",
     "tracking.log_every_steps",
 )
 NOT_NEGATIVE = (
     "run.max_steps", "data.max_prompts", "data.max_eval_prompts", "spin.nll_weight", "sampler.temperature",
-    "sampler.gpus_per_replica", "sampler.cpus_per_replica", "learner.gpus_per_worker", "learner.cpus_per_worker",
+    "sampler.gpus_per_replica", "sampler.cpus_per_replica",
+    "sampler.max_restarts", "sampler.restart_window_s", "learner.gpus_per_worker", "learner.cpus_per_worker",
     "learner.weight_decay", "learner.grad_clip", "audit.tolerance",
 )
 RESUME_MAY_CHANGE = ("tracking.", "run.dir")

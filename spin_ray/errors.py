@@ -9,5 +9,9 @@ class RunStopped(RuntimeError):
     """One of the run's own checks stopped it; the message has the numbers. Exit code 1."""
 
 
+class EngineFailed(RunStopped):
+    """A sampler's engine is broken: nothing that was asked of it will be answered, and nothing will be until it starts anew."""
+
+
 class WrongVersion(RunStopped):
     """A sampler was asked for weights that it does not hold (invariant 4)."""

@@ -204,7 +204,8 @@ class SelfPlay:
         count.drawn += 0 if block.kind == "replay" else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
         seconds = time.monotonic() - count.begun
         rate = count.drawn / seconds
-        text = f"iteration {t}  pairs {count.pairs}/{count.total}  {rate:,.0f} tok/s"
+        doing = f"{rate:,.0f} tok/s" if count.drawn else "re-scoring"
+        text = f"iteration {t}  pairs {count.pairs}/{count.total}  {doing}"
         self._terminal.progress("opponent", count.pairs, count.total, text)
         if count.pairs == count.total:
             self._tracker.log("sampler", {"play_s": seconds, "tokens_per_s": rate}, iteration=t, opponent_version=t)
@@ -329,6 +330,7 @@ class SelfPlay:
             self._note(record)
         self._timeline.add(ray.get(self._pool.spans.remote()))
         idle = self._timeline.idle_share(t)
+        self._tracker.log("sampler", {"num_restarts": ray.get(self._pool.num_restarts.remote())}, iteration=t, opponent_version=t)
         rates = {"pairs_per_s": report.num_pairs / report.wall_s, "tokens_per_s": report.num_tokens / report.wall_s}
         self._tracker.log("iteration", {**asdict(report), **rates, "learner_idle_share": idle}, iteration=t, opponent_version=t + 1)
         last = self._last_metrics

@@ -31,7 +31,7 @@ from spin_ray.model import inspect_model
 from spin_ray.placement import choose_hardware
 from spin_ray.records import Prompt, Version
 from spin_ray.sampler.fake import FakeSampler
-from spin_ray.sampler.pool import start_pool
+from spin_ray.sampler.pool import Limits, start_pool
 from spin_ray.selfplay import Players, Prepared, SelfPlay
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -114,7 +114,7 @@ def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_
         fake.remote(Version(0), prompts_per_s=speed, scores_per_s=speed * SCORES_PER_SAMPLE) for _ in range(config.sampler.num_replicas)
     ]
     ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs
-    pool = start_pool(samplers, Version(0), room=config.sampler.max_num_seqs)
+    pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs))
     learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=functools.partial(make_fake_player, pairs_per_s=rates))
     with Tracker(config, run.path) as tracker, open(os.devnull, "w") as nowhere:
         SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), tracker, Terminal(nowhere)).play()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from spin_ray.errors import WrongVersion
+from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.records import Completion, SamplingSettings, Version
 
 
@@ -24,7 +24,7 @@ class OpponentEngine:
     """Samples from and scores under one version of the model at a time; `load` replaces the weights in place.
 
     `sample`, `score` and `load` return Futures at once. `load` waits for the requests before it and holds up those after it.
-    After an engine error every Future, pending or later, carries that error.
+    After an engine error every Future, pending or later, carries it as EngineFailed.
     """
 
     def __init__(self, model_path: str, *, version: Version, dtype: str, max_model_len: int, seed: int, settings: Mapping[str, Any]):
@@ -145,15 +145,17 @@ class OpponentEngine:
                 future.set_result(convert(output))
 
     def _fail(self, error: BaseException, current: Future | None) -> None:
+        failed = EngineFailed(f"the sampler's engine failed: {type(error).__name__}: {error}")
+        failed.__cause__ = error
         with self._lock:
-            self._error = error
+            self._error = failed
             waiting = [future for future, _ in self._pending.values()] + ([current] if current else [])
             while not self._inbox.empty():
                 entry = self._inbox.get()
                 waiting += [entry[0]] if entry else []
         for future in waiting:
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(failed)
 
 
 def _completion(version: Version, output: Any) -> Completion:

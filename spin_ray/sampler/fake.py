@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spin_ray.errors import WrongVersion
+from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
 
 
@@ -56,7 +56,7 @@ class FakeSampler:
         if self._fail_after is not None and self.num_prompts > self._fail_after:
             if self._dies:
                 os._exit(1)
-            raise RuntimeError(f"engine failed after {self._fail_after} prompts")
+            raise EngineFailed(f"engine failed after {self._fail_after} prompts")
         self._free_at = max(self._free_at, time.monotonic()) + count * self._seconds[verb]
         await asyncio.sleep(self._free_at - time.monotonic())
 

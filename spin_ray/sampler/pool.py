@@ -8,8 +8,11 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 | a request of the present version | a replica with room | answers of earlier requests; a replica that joins |
 | `load` | the replicas | the last answer that the present version owes |
 | a replica that joins late | the present weights | its own load of them |
+| all of them | | too many failures in a row: every present and later wait raises the first error |
 
-Requests are answered in the order of their `urgency`, then of their arrival; a request of an earlier version is refused.
+A replica that dies, whose engine fails, or that owes an answer for too long is started anew by Ray and brought to the
+present weights; what it owed goes to whoever is free first. Requests are answered in the order of their `urgency`, then of
+their arrival; a request of an earlier version is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,7 +33,7 @@ import ray
 
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
-from spin_ray.errors import WrongVersion
+from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.placement import Hardware
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
@@ -47,7 +51,9 @@ def start_opponent(config: Config, model_path: str, version: int, hardware: Hard
         "tensor_parallel_size": config.sampler.tensor_parallel_size, "max_num_seqs": config.sampler.max_num_seqs,
         "trust_remote_code": config.model.trust_remote_code, **hardware.engine,
     }
-    actor = ray.remote(num_cpus=config.sampler.cpus_per_replica, num_gpus=hardware.sampler_gpus, max_concurrency=10_000)(Sampler)
+    actor = ray.remote(
+        num_cpus=config.sampler.cpus_per_replica, num_gpus=hardware.sampler_gpus, max_concurrency=10_000, max_restarts=-1
+    )(Sampler)
     samplers = [
         actor.remote(SamplerArgs(
             model_path=model_path, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
@@ -56,12 +62,14 @@ def start_opponent(config: Config, model_path: str, version: int, hardware: Hard
         ))
         for replica in range(config.sampler.num_replicas)
     ]
-    return start_pool(samplers, Version(version), room=config.sampler.max_num_seqs)
+    sampler = config.sampler
+    limits = Limits(sampler.max_num_seqs, sampler.request_timeout_s, sampler.max_restarts, sampler.restart_window_s)
+    return start_pool(samplers, Version(version), limits)
 
 
-def start_pool(samplers: Sequence[Any], version: Version, *, room: int) -> Any:
-    """A pool of sampler actors that hold, or are about to hold, `version`; `room` is what one answers at the same time."""
-    pool = ray.remote(num_cpus=0, max_concurrency=100_000)(SamplerPool).remote(list(samplers), version, room=room)
+def start_pool(samplers: Sequence[Any], version: Version, limits: Limits) -> Any:
+    """A pool of sampler actors (with max_restarts=-1) that hold `version` whenever they start."""
+    pool = ray.remote(num_cpus=0, max_concurrency=100_000)(SamplerPool).remote(list(samplers), version, limits)
     pool.start.remote()
     return pool
 
@@ -71,12 +79,33 @@ def sampling_settings(config: Config, chat: ChatFormat) -> SamplingSettings:
     return SamplingSettings(sampler.temperature, sampler.top_p, sampler.max_new_tokens, tuple(sorted(chat.stop_ids)))
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What is asked of one replica, and when it counts as broken."""
+
+    room: int
+    """Prompts that it answers at the same time."""
+    request_timeout_s: float = math.inf
+    """Seconds after which an engine that owes an answer counts as hanging."""
+    max_restarts: int = 0
+    """Restarts, of all replicas together, that are put up with ..."""
+    restart_window_s: float = 600.0
+    """... within this many seconds."""
+
+
+def restart_actor(handle: Any) -> None:
+    """End the actor's process, whatever it is doing; Ray starts a new one in its place."""
+    ray.kill(handle, no_restart=False)
+
+
 @dataclass
 class _Replica:
     name: str
     handle: Any
     version: Version
     joined: bool = False
+    lives: int = 1
+    """Counts its processes: what one of them owed says nothing about the next."""
     outstanding: int = 0
     """Prompts that it has not yet answered."""
 
@@ -96,13 +125,15 @@ class _Work:
 class SamplerPool:
     """A plain class: its contract is tested with fake samplers, without Ray."""
 
-    def __init__(self, samplers: Sequence[Any], version: Version, *, room: int):
+    def __init__(self, samplers: Sequence[Any], version: Version, limits: Limits, restart: Callable[[Any], None] = restart_actor):
+        self._first_version, self._limits, self._restart = version, limits, restart
+        self._failures: deque[tuple[float, BaseException]] = deque()
+        """(when, error) of what led to restarts within the window."""
+        self._num_restarts = 0
         self._replicas = [_Replica(f"opponent {number}", handle, version) for number, handle in enumerate(samplers)]
         self._version = version
         self._released = False
         self._weights: PublishedWeights | None = None
-        self._loading = False
-        self._room = room
         self._waiting: list[tuple[int, int, _Work]] = []
         """A heap of (urgency, arrival, work)."""
         self._arrivals = itertools.count()
@@ -151,6 +182,10 @@ class SamplerPool:
         """Wait until requests of this version are answered (or refused: it has gone by)."""
         await self._until(lambda: (self._released and version == self._version) or version.precedes(self._version))
 
+    async def num_restarts(self) -> int:
+        """Replicas started anew so far."""
+        return self._num_restarts
+
     async def spans(self) -> list[Span]:
         """What the replicas have been busy with since the last call."""
         spans, self._spans = list(self._spans), deque()
@@ -191,36 +226,60 @@ class SamplerPool:
         return work.version == self._version and (self._released or work.urgency == AUDIT)
 
     def _least_loaded(self) -> _Replica | None:
-        free = [r for r in self._replicas if r.joined and r.version == self._version and r.outstanding < self._room + CHUNK]
+        free = [r for r in self._replicas if r.joined and r.version == self._version and r.outstanding < self._limits.room + CHUNK]
         return min(free, key=lambda replica: replica.outstanding, default=None)
 
     async def _answer(self, replica: _Replica, work: _Work) -> None:
-        begin = time.time()
+        begin, life = time.time(), replica.lives
         try:
-            work.answers.set_result(await work.call(replica.handle))
-        except Exception as error:  # the engine's own; it reaches whoever asked
+            work.answers.set_result(await asyncio.wait_for(_done(work.call(replica.handle)), self._limits.request_timeout_s))
+        except BROKEN as error:
+            heapq.heappush(self._waiting, (work.urgency, next(self._arrivals), work))
+            self._start_anew(replica, life, error)
+        except Exception as error:  # the request's own fault; it reaches whoever asked
             work.answers.set_exception(error)
         replica.outstanding -= work.size
         self._spans.append(Span(replica.name, _ACTIVITY[work.urgency], work.version.number, begin, time.time()))
-        self._dispatch()
         await self._note_change()
 
+    def _start_anew(self, replica: _Replica, life: int, error: BaseException) -> None:
+        """Have a broken replica join again; the first of its requests to fail sees to it."""
+        if life != replica.lives:
+            return
+        replica.joined, replica.version, now = False, self._first_version, time.monotonic()
+        replica.lives += 1
+        self._failures.append((now, _in_words(replica, error)))
+        while now - self._failures[0][0] > self._limits.restart_window_s:
+            self._failures.popleft()
+        if len(self._failures) > self._limits.max_restarts:
+            self._error = self._error or self._failures[0][1]
+            return
+        self._num_restarts += 1
+        self._restart(replica.handle)
+        self._spawn(self._join(replica))
+
     async def _join(self, replica: _Replica) -> None:
-        """Bring a new replica to the present weights, whatever was loaded while it started."""
+        """Bring a replica that starts to the present weights, whatever was loaded meanwhile."""
+        life = replica.lives
         try:
             await replica.handle.ready.remote()
-            while replica.version != self._version:
+            while replica.version != self._version and life == replica.lives:
                 await self._load(replica)
+            replica.joined = life == replica.lives
+        except BROKEN as error:
+            self._start_anew(replica, life, error)
         except Exception as error:  # raised again wherever somebody waits for an answer
             self._error = self._error or error
-        replica.joined = True
-        self._dispatch()
         await self._note_change()
 
     async def _load(self, replica: _Replica) -> float:
-        weights, begin = self._weights, time.time()
+        weights, begin, life = self._weights, time.time(), replica.lives
         assert weights is not None
-        seconds = await replica.handle.load.remote(weights)
+        try:
+            seconds = await replica.handle.load.remote(weights)
+        except BROKEN as error:
+            self._start_anew(replica, life, error)
+            return 0.0
         replica.version = weights.version
         self._spans.append(Span(replica.name, "load", weights.version.number, begin, time.time()))
         return seconds
@@ -244,3 +303,17 @@ class SamplerPool:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
+
+
+BROKEN = (EngineFailed, ray.exceptions.RayActorError, TimeoutError)
+"""What says that a replica is broken, not the request."""
+
+
+async def _done(reference: Any) -> Any:
+    return await reference
+
+
+def _in_words(replica: _Replica, error: BaseException) -> BaseException:
+    if isinstance(error, TimeoutError):
+        return EngineFailed(f"{replica.name} hung: it owed an answer for longer than sampler.request_timeout_s")
+    return error

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config import Config
-from spin_ray.errors import WrongVersion
+from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.exchange.weights import from_bucket, to_bucket
 from spin_ray.placement import choose_hardware
 from spin_ray.records import SamplingSettings, Version
@@ -86,7 +86,7 @@ def test_broken_engine_fails_every_caller(opponent, monkeypatch):
     monkeypatch.setattr(engine._engine, "step", broken)
     waiting = [engine.sample(Version(2), PROMPT, SAMPLED), engine.score(Version(2), PROMPT, [5, 6])]
     for future in waiting:
-        with pytest.raises(RuntimeError, match="the engine core died"):
+        with pytest.raises(EngineFailed, match="RuntimeError: the engine core died"):
             future.result(60)
-    with pytest.raises(RuntimeError, match="the engine core died"):
+    with pytest.raises(EngineFailed, match="RuntimeError: the engine core died"):
         engine.sample(Version(2), PROMPT, SAMPLED).result(60)

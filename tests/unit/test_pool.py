@@ -5,10 +5,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from spin_ray.errors import WrongVersion
+from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.records import PublishedWeights, SamplingSettings, Version
 from spin_ray.sampler.fake import FakeSampler
-from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, SamplerPool
+from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, Limits, SamplerPool
 
 SETTINGS = SamplingSettings(0.0, 1.0, 8, ())
 THETA_0, THETA_1 = Version(0), Version(1)
@@ -43,8 +43,13 @@ def run(scenario):
     return asyncio.run(asyncio.wait_for(scenario(), timeout=10))
 
 
-async def started(*samplers, room=64, log=None, release=True):
-    pool = SamplerPool([Handle(sampler, log) for sampler in samplers], THETA_0, room=room)
+def restart(handle):
+    """What Ray does to an actor: a new one in its place, with the version that it was made with."""
+    handle._target = FakeSampler(THETA_0)
+
+
+async def started(*samplers, room=64, log=None, release=True, **limits):
+    pool = SamplerPool([Handle(sampler, log) for sampler in samplers], THETA_0, Limits(room, **limits), restart)
     await pool.start()
     await pool.ready()
     if release:
@@ -142,11 +147,48 @@ def test_a_replica_that_joins_late_gets_the_present_weights_and_works():
     run(scenario)
 
 
-def test_an_engine_s_error_reaches_who_asked():
+def test_a_broken_engine_is_started_anew_and_nothing_it_owed_is_lost():
     async def scenario():
-        pool = await started(FakeSampler(THETA_0, fail_after=CHUNK))
-        with pytest.raises(RuntimeError, match=f"engine failed after {CHUNK} prompts"):
-            await pool.sample(THETA_0, prompts(3 * CHUNK), SETTINGS)
+        pool = await started(FakeSampler(THETA_0, fail_after=2 * CHUNK), FakeSampler(THETA_0), room=CHUNK, max_restarts=1)
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        answers = await pool.sample(THETA_1, prompts(20 * CHUNK), SETTINGS)
+        whole = await (await started(FakeSampler(THETA_0))).sample(THETA_0, prompts(20 * CHUNK), SETTINGS)
+        assert ids(answers) == ids(whole) and {completion.version for completion in answers} == {THETA_1}
+        assert await pool.num_restarts() == 1
+
+    run(scenario)
+
+
+def test_a_hanging_engine_is_started_anew():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, prompts_per_s=0.01), request_timeout_s=0.05, max_restarts=1)
+        assert len(await pool.sample(THETA_0, prompts(3), SETTINGS)) == 3 and await pool.num_restarts() == 1
+
+    run(scenario)
+
+
+def test_one_restart_too_many_stops_with_the_first_error():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, fail_after=5), FakeSampler(THETA_0, fail_after=6), room=CHUNK, max_restarts=0)
+        with pytest.raises(EngineFailed, match="engine failed after 5 prompts"):
+            await pool.sample(THETA_0, prompts(8 * CHUNK), SETTINGS)
+        with pytest.raises(EngineFailed, match="engine failed after 5 prompts"):
+            await pool.score(THETA_0, prompts(1), prompts(1))
+
+    run(scenario)
+
+
+def test_a_request_s_own_fault_reaches_who_asked_and_restarts_nothing():
+    async def scenario():
+        class Strict(FakeSampler):
+            async def sample(self, *_):
+                raise ValueError("100 tokens leave no room")
+
+        pool = await started(Strict(THETA_0), max_restarts=1)
+        with pytest.raises(ValueError, match="leave no room"):
+            await pool.sample(THETA_0, prompts(1), SETTINGS)
+        assert await pool.num_restarts() == 0
 
     run(scenario)
 
@@ -157,7 +199,7 @@ def test_a_replica_that_never_comes_up_ends_every_wait():
             async def ready(self):
                 raise RuntimeError("no GPU")
 
-        pool = SamplerPool([Handle(Broken(THETA_0))], THETA_0, room=8)
+        pool = SamplerPool([Handle(Broken(THETA_0))], THETA_0, Limits(8))
         asked = asyncio.create_task(pool.sample(THETA_0, prompts(1), SETTINGS))
         await pool.start()
         for wait in (pool.ready(), asked):
