@@ -141,6 +141,10 @@ class LearnerConfig:
     """Share of an iteration's steps in which the learning rate rises; it then falls linearly to 0."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    checkpoint_every_steps: int = 0
+    """Save the main player's progress every so many optimizer steps of an iteration; 0: only at its end."""
+    max_restarts: int = 3
+    """Restarts of the group of workers, after one of them died, that are put up with; one more stops the run."""
     activation_checkpointing: bool = False
     """Recompute the layers' activations in the backward pass."""
     share_prompt: bool = True
@@ -236,7 +240,7 @@ NOT_NEGATIVE = (
     "run.max_steps", "data.max_prompts", "data.max_eval_prompts", "spin.nll_weight", "sampler.temperature",
     "sampler.gpus_per_replica", "sampler.cpus_per_replica",
     "sampler.max_restarts", "sampler.restart_window_s", "learner.gpus_per_worker", "learner.cpus_per_worker",
-    "learner.weight_decay", "learner.grad_clip", "audit.tolerance",
+    "learner.weight_decay", "learner.grad_clip", "learner.checkpoint_every_steps", "learner.max_restarts", "audit.tolerance",
 )
 RESUME_MAY_CHANGE = ("tracking.", "run.dir")
 """Keys that say where and how a run is followed, not what it computes."""

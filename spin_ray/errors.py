@@ -9,6 +9,10 @@ class RunStopped(RuntimeError):
     """One of the run's own checks stopped it; the message has the numbers. Exit code 1."""
 
 
+class Diverged(RunStopped):
+    """A loss or a gradient that is not a number, or a metric that exploded."""
+
+
 class EngineFailed(RunStopped):
     """A sampler's engine is broken: nothing that was asked of it will be answered, and nothing will be until it starts anew."""
 

@@ -94,6 +94,10 @@ class RunDir:
     def checkpoint(self, iteration: int) -> Path:
         return self.iteration(iteration) / "checkpoint"
 
+    def progress(self, iteration: int) -> Path:
+        """The main player in the middle of an iteration."""
+        return self.iteration(iteration) / "progress"
+
     def mark(self, stage: str, **facts: Any) -> None:
         """Append one line to the manifest, whole and on disk when this returns."""
         line = json.dumps({"stage": stage, **facts}) + "\n"

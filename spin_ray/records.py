@@ -98,6 +98,11 @@ class Pair:
     """The same for `scored_version`."""
 
 
+def opponent_reference(pair: Pair) -> np.ndarray:
+    """The reference that came with a pair: log p of its two answers, summed, [2] float64, in nats."""
+    return np.array([pair.opponent_real_logps.sum(dtype=np.float64), pair.opponent_generated_logps.sum(dtype=np.float64)])
+
+
 @dataclass(frozen=True)
 class Span:
     """A stretch of time in which a player was busy."""
@@ -119,10 +124,12 @@ class PublishedWeights:
 
     version: Version
     buckets: tuple[Any, ...]
-    """Ray references to the WeightBuckets, in the order of the model's parameters."""
+    """Ray references to the WeightBuckets, in the order of the model's parameters; they live as long as the learner's worker."""
     num_bytes: int
     tied_names: Mapping[str, str] = field(default_factory=dict)
     """Second name -> first name of weights that the model knows twice."""
+    saved_at: str | None = None
+    """Model folder with the same weights, to be read instead of the buckets once it is there."""
 
 
 def real_only(prompt: Prompt, version: int) -> Pair:

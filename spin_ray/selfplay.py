@@ -36,6 +36,7 @@ from spin_ray.errors import BadInput
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.pairs import PlayPlan, play, write_prompts, write_table
+from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import Learner, follow
 from spin_ray.learner.loop import Publish, Save, Score, StepRecord, Train, TrainReport
 from spin_ray.losses import LOSS_AT_ZERO, spin_loss
@@ -220,7 +221,7 @@ class SelfPlay:
             iteration=t, block_sizes=tuple(block.size for block in overlap.blocks(t)), num_epochs=spin.num_epochs,
             loss_fn=functools.partial(spin_loss, beta=config.beta(t), loss=spin.loss, nll_weight=spin.nll_weight),
             normalizer=len, lr=config.lr(t), max_steps=config.run.max_steps, scorer=config.reference.scorer,
-            wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t),
+            wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t), progress_path=str(self._run.progress(t)),
         ))
 
     def _note(self, record: StepRecord | Span) -> None:
@@ -246,16 +247,32 @@ class SelfPlay:
         self._tracker.log("audit", {"first_loss_deviation": deviation}, opponent_version=t)
 
     def _become_opponent(self, version: int, report: TrainReport) -> int | None:
-        """theta_{t+1} becomes the opponent: durable on disk, loaded by the samplers, audited, marked. Returns the next training."""
+        """theta_{t+1} becomes the opponent: durable on disk, loaded by the samplers, audited, marked. Returns the next training.
+
+        If a worker dies on the way, the new group trains iteration t again from what is left, and everything is done again
+        with its weights: what is on disk, what the samplers hold and what is marked is always one and the same theta_{t+1}.
+        """
         run, t, learner = self._run, version - 1, self._learner
-        with readable_disk_errors(run.iteration(t)), written_whole(run.model(t)) as model, written_whole(run.checkpoint(t)) as checkpoint:
-            publish, save, probe = map(learner.post, (Publish(Version(version)), Save(str(model), str(checkpoint)), self._probe()))
-            training = self._post_training(version)
-            self._load(learner.result(publish))
-            learner.result(save)
-        audit = self._audit(Version(version), probe)
+        posted: list[int] = []
+        moved = False
+        while not moved:
+            group = learner.group()
+            with readable_disk_errors(run.iteration(t)), written_whole(run.model(t)) as model, \
+                    written_whole(run.checkpoint(t)) as checkpoint:
+                if not posted:
+                    commands = Publish(Version(version)), Save(str(model), str(checkpoint)), self._probe()
+                    posted = [learner.post(command) for command in commands]
+                    training = self._post_training(version)
+                publish, save, probe = posted
+                self._load(learner.result(publish))
+                learner.result(save)
+                audit = self._audit(Version(version), probe)
+            masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
+            moved = learner.move_base(Base(str(run.model(t)), masters, first_command=probe + 1), group)
+        ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
         self._steps_before += report.num_steps
+        shutil.rmtree(run.progress(t), ignore_errors=True)
         if t > 0 and run.checkpoint(t - 1).exists():  # only the newest is ever used
             shutil.rmtree(run.checkpoint(t - 1))
         return training

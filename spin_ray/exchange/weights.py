@@ -10,9 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 BUCKET_BYTES = 256 * 2**20
 
@@ -40,6 +42,18 @@ def to_bucket(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:
         tuple(tuple(tensor.shape) for _, tensor in tensors),
         tuple(tensor.contiguous().view(-1).view(torch.uint8).numpy() for _, tensor in tensors),
     )
+
+
+def from_folder(folder: str, tied_names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a saved model, with those of `tied_names` under both names."""
+    also = {first: second for second, first in tied_names.items()}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                tensor = file.get_tensor(name)
+                yield name, tensor
+                if name in also:
+                    yield also[name], tensor
 
 
 def from_bucket(bucket: WeightBucket, tied_names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:

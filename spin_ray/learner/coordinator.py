@@ -9,6 +9,9 @@ The learner lives through all iterations in ONE Ray Train `fit()`; its workers a
 | driver | result of command k, or what it announced under another key | rank 0's `answer` |
 | all of them | | `fail`: every present and later wait raises the first error |
 
+A worker that dies takes its group with it; Ray Train starts a new one, which joins at the base and carries out all commands
+from there again. Their results come again under the same keys.
+
 Back-pressure: none is needed. A block is a few megabytes of token ids in the object store (which spills by itself), and
 the number of blocks of an iteration is known. The learner drops an iteration's blocks when it begins the next one.
 """
@@ -28,10 +31,22 @@ class Failure:
     error: BaseException
 
 
+@dataclass(frozen=True)
+class Base:
+    """Where a group of workers starts: theta_t, and the command that trains it."""
+
+    model_path: str
+    checkpoint_path: str | None
+    """DeepSpeed checkpoint of the same weights, for the fp32 masters of a bf16 run."""
+    first_command: int = 0
+
+
 class Coordinator:
     """An async actor with no CPU of its own. Plain class: its contract is tested without Ray."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._group = 0
         self._commands: list[Any] = []
         self._results: dict[Hashable, Any] = {}
         self._blocks: dict[tuple[int, int], Any] = {}
@@ -60,6 +75,21 @@ class Coordinator:
         """What rank 0 left under this key, once it is there; handed out once."""
         return await self._wait(lambda: key in self._results, lambda: self._results.pop(key))
 
+    async def join(self) -> Base:
+        """Called once by every new group of workers: where to start. What it answers from there on, it may answer again."""
+        self._group += 1
+        return self._base
+
+    async def group(self) -> int:
+        """How many groups of workers have joined."""
+        return self._group
+
+    async def move_base(self, base: Base, group: int) -> bool:
+        """Let later groups start from `base`, if `group` is still the one that made it; False: another has joined."""
+        if group == self._group:
+            self._base = base
+        return group == self._group
+
     async def put_block(self, iteration: int, index: int, reference: Any) -> None:
         """Offer a finished block; `reference` is a list with one object reference (a bare one would be fetched here)."""
         async with self._changed:
@@ -84,10 +114,10 @@ class Coordinator:
         records, self._records = self._records, []
         return records
 
-    async def fail(self, error: BaseException) -> None:
-        """End every wait with this error; only the first one counts."""
+    async def fail(self, failure: Failure) -> None:
+        """End every wait with this error; only the first one counts. (A bare error of Ray's own would fail this call instead.)"""
         async with self._changed:
-            self._failure = self._failure or Failure(error)
+            self._failure = self._failure or failure
             self._changed.notify_all()
 
     async def _wait(self, ready: Callable[[], bool], take: Callable[[], Any]) -> Any:

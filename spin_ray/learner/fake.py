@@ -11,11 +11,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from spin_ray.learner.coordinator import Base
 from spin_ray.learner.loop import WorkerArgs
 from spin_ray.records import Pair
 
 
-def make_fake_player(args: WorkerArgs, *, pairs_per_s: Sequence[float]) -> FakePlayer:
+def make_fake_player(args: WorkerArgs, base: Base, *, pairs_per_s: Sequence[float]) -> FakePlayer:
     """`pairs_per_s` of all workers together, one value per iteration."""
     return FakePlayer(pairs_per_s)
 

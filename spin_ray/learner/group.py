@@ -14,7 +14,7 @@ import ray.train.torch
 
 from spin_ray.background import in_background
 from spin_ray.config import Config
-from spin_ray.learner.coordinator import Coordinator, Failure
+from spin_ray.learner.coordinator import Base, Coordinator, Failure
 from spin_ray.learner.loop import Stop, TrainReport, WorkerArgs, make_main_player, run_worker
 from spin_ray.placement import Hardware
 
@@ -27,13 +27,13 @@ class Learner:
 
     def __init__(
         self, config: Config, hardware: Hardware, *, model_path: str, logs: Path, checkpoint: Path | None = None,
-        make_player: Callable[[WorkerArgs], Any] = make_main_player,
+        make_player: Callable[[WorkerArgs, Base], Any] = make_main_player,
     ):
-        self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote()
+        base = Base(model_path, str(checkpoint) if checkpoint else None)
+        self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote(base)
         self._args = WorkerArgs(
-            coordinator=self.coordinator, model_path=model_path, checkpoint_path=str(checkpoint) if checkpoint else None,
-            config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code, seed=config.run.seed,
-            log_dir=str(logs), make_player=make_player,
+            coordinator=self.coordinator, config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code,
+            seed=config.run.seed, log_dir=str(logs), make_player=make_player,
         )
         self._storage = logs / "ray_train"
         self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)
@@ -56,13 +56,21 @@ class Learner:
         """StepRecords and Spans that the workers have logged since the last call."""
         return ray.get(self.coordinator.drain.remote())
 
+    def group(self) -> int:
+        """How many groups of workers there have been; a new one carries out again what came after the base."""
+        return ray.get(self.coordinator.group.remote())
+
+    def move_base(self, base: Base, group: int) -> bool:
+        """Let later groups start from `base`; False if a new one has joined since `group` and is at work from the old base."""
+        return ray.get(self.coordinator.move_base.remote(base, group))
+
     def fail(self, error: BaseException) -> None:
         """Make every waiting worker, and the driver, raise this error (its text, if it cannot be sent)."""
         try:
             ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
         except Exception:  # whatever it is that keeps an error from being pickled, its text must arrive
             error = RuntimeError(f"{type(error).__name__}: {error}")
-        ray.get(self.coordinator.fail.remote(error))
+        ray.get(self.coordinator.fail.remote(Failure(error)))
 
     def stop(self) -> None:
         """Let the workers finish and wait for the end of `fit()`."""
@@ -79,7 +87,10 @@ class Learner:
                 num_workers=config.num_workers, use_gpu=hardware.learner_gpus > 0,
                 resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
             ),
-            run_config=ray.train.RunConfig(storage_path=str(self._storage.parent), name=self._storage.name),
+            run_config=ray.train.RunConfig(
+                storage_path=str(self._storage.parent), name=self._storage.name,
+                failure_config=ray.train.FailureConfig(max_failures=config.max_restarts),
+            ),
         )
         try:
             trainer.fit()

@@ -6,12 +6,14 @@ by itself (packing.py), so the batches, and the model after them, do not depend 
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ import ray
 
 from spin_ray.chatter import redirect_output
 from spin_ray.config import LearnerConfig
-from spin_ray.learner.coordinator import Failure
+from spin_ray.errors import BadInput, Diverged, RunStopped
+from spin_ray.learner.coordinator import Base, Failure
 from spin_ray.manifest import readable_disk_errors
 from spin_ray.placement import Hardware
-from spin_ray.records import Pair, PublishedWeights, Span, Version, from_table
+from spin_ray.records import Pair, PublishedWeights, Span, Version, from_table, opponent_reference
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,12 @@ class WorkerArgs:
     """What a worker needs to start."""
 
     coordinator: Any
-    model_path: str
-    checkpoint_path: str | None
-    """DeepSpeed checkpoint of the same weights, for the fp32 masters of a bf16 run."""
     config: LearnerConfig
     hardware: Hardware
     trust_remote_code: bool
     seed: int
     log_dir: str
-    make_player: Callable[[WorkerArgs], Any]
+    make_player: Callable[[WorkerArgs, Base], Any]
     """Makes the worker's main player; not the real one only in measurements of what is around it."""
 
 
@@ -66,6 +66,8 @@ class Train:
     """Start when all blocks are there (`sequential`)."""
     snapshot: tuple[int, Version] | None = None
     """Publish the weights under this version after so many steps, for the opponent to play ahead with."""
+    progress_path: str | None = None
+    """Where `checkpoint_every_steps` puts the main player in the middle of the iteration, and where it is taken up."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,20 @@ class StepRecord:
     step: int
     total_steps: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Count:
+    """What an iteration's training has done so far."""
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    first_loss: float = float("nan")
+
+    def after(self, metrics: dict[str, float], num_pairs: int) -> Count:
+        first = self.first_loss if self.steps else metrics.get("spin_loss", metrics["loss"])
+        return Count(self.steps + 1, self.pairs + num_pairs, self.tokens + int(metrics["num_tokens"]), first)
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,7 @@ class Stop:
     pass
 
 
-def make_main_player(args: WorkerArgs) -> Any:
+def make_main_player(args: WorkerArgs, base: Base) -> Any:
     """The real one: model and DeepSpeed engine on this worker's device."""
     import ray.train.torch
     import torch
@@ -130,31 +146,53 @@ def make_main_player(args: WorkerArgs) -> Any:
     torch.manual_seed(args.seed)
     if args.hardware.device == "cuda":
         torch.cuda.set_device(ray.train.torch.get_device())
-    player = MainPlayer(args.model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
-    if args.checkpoint_path:
-        player.load_checkpoint(Path(args.checkpoint_path))
+    player = MainPlayer(base.model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
+    if base.checkpoint_path:
+        player.load_checkpoint(Path(base.checkpoint_path))
     return player
 
 
 def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
-    """The `train_loop_per_worker` of the one TorchTrainer."""
+    """The `train_loop_per_worker` of the one TorchTrainer.
+
+    What it raises, Ray Train answers with a new group of workers. So an error that would only come again goes to the driver
+    instead, and a failure of the driver's side ends the loop.
+    """
     import ray.train
 
     args = loop_config["args"]
     redirect_output(f"{args.log_dir}/learner-{ray.train.get_context().get_world_rank()}.log")
-    player = args.make_player(args)
-    worker, number = Worker(player, args), 0
-    while not isinstance(command := _get(args.coordinator.command.remote(number)), Stop):
-        result = worker.carry_out(command)
-        player.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
-        worker.answer(number, result)
-        number += 1
+    base = _join(args.coordinator)
+    try:
+        worker, number = Worker(args.make_player(args, base), args), base.first_command
+        while not isinstance(command := _get(args.coordinator.command.remote(number)), Stop):
+            result = worker.carry_out(command)
+            worker.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
+            worker.answer(number, result)
+            number += 1
+    except (BadInput, RunStopped) as error:
+        ray.get(args.coordinator.fail.remote(Failure(error)))
+    except DriverFailed:
+        return
+
+
+class DriverFailed(Exception):
+    """The other side has failed; it knows why."""
+
+
+def _join(coordinator: Any) -> Base:
+    """The base of this group of workers: rank 0 asks, once, and tells the others."""
+    import torch.distributed as dist
+
+    base = [ray.get(coordinator.join.remote()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(base)
+    return base[0]
 
 
 def _get(reference: Any) -> Any:
     value = ray.get(reference)
     if isinstance(value, Failure):
-        raise value.error
+        raise DriverFailed
     return value
 
 
@@ -182,18 +220,22 @@ class Worker:
                     return self._save(command)
         raise TypeError(f"unknown command {command!r}")
 
+    def wait_for_all_ranks(self) -> None:
+        self._player.wait_for_all_ranks()
+
     def _train(self, command: Train) -> TrainReport:
         self._iteration = command.iteration
-        self._player.begin_iteration()
         ray.get(self._coordinator.drop_blocks.remote(command.iteration))
-        config, count, started = self._args.config, Counter(), time.perf_counter()
+        config, started = self._args.config, time.perf_counter()
         feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span)
         blocks = self._scored(list(feed) if command.wait_for_all else feed, command.scorer)
+        count = self._take_up(command)
         total_steps = num_steps(command, config.batch_pairs)
-        first_loss = float("nan")
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
             if step == total_steps:
                 break
+            if step < count.steps:
+                continue  # trained on before this group of workers began
             if command.snapshot and step == command.snapshot[0]:
                 self.answer(command.snapshot[1], self._publish(command.snapshot[1]))
             lr = learning_rate(step, total_steps, peak=command.lr, warmup_fraction=config.warmup_fraction)
@@ -201,17 +243,43 @@ class Worker:
             begun = time.perf_counter()
             metrics = self._player.step(pairs, references, loss_fn=command.loss_fn, lr=lr, normalizer=command.normalizer(pairs))
             seconds = time.perf_counter() - begun
-            count.update(steps=1, pairs=len(batch), tokens=metrics["num_tokens"])
-            if step == 0:
-                first_loss = metrics.get("spin_loss", metrics["loss"])
+            check_numbers(metrics, command.iteration, step, lr, self._args.log_dir)
+            count = count.after(metrics, len(batch))
             self._log(StepRecord(command.iteration, step, total_steps, {
                 **metrics, **staleness(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
                 "tokens_per_s": metrics["num_tokens"] / seconds, "waited_s": feed.waited_s,
             }))
+            if config.checkpoint_every_steps and count.steps % config.checkpoint_every_steps == 0 and count.steps < total_steps:
+                self._save_progress(command, count)
         feed.close()
         return TrainReport(
-            count["steps"], count["pairs"], count["tokens"], time.perf_counter() - started, feed.waited_s, first_loss, _peak_memory_gib()
+            count.steps, count.pairs, count.tokens, time.perf_counter() - started, feed.waited_s, count.first_loss, _peak_memory_gib()
         )
+
+    def _take_up(self, command: Train) -> Count:
+        """Begin the iteration, or go on from the progress that an earlier group of workers saved."""
+        self._player.begin_iteration()
+        state = Path(command.progress_path) / "count.json" if command.progress_path else None
+        if state is None or not state.exists():
+            return Count()
+        self._player.load_checkpoint(Path(command.progress_path))
+        return Count(**json.loads(state.read_text()))
+
+    def _save_progress(self, command: Train, count: Count) -> None:
+        """Replace the saved progress as a whole; all ranks write into one folder, rank 0 renames it."""
+        path = Path(command.progress_path)
+        temporary = path.parent / f".{path.name}.tmp"
+        with self._span("save"), readable_disk_errors(path):
+            if self._player.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self.wait_for_all_ranks()
+            self._player.save_checkpoint(temporary)
+            self.wait_for_all_ranks()
+            if self._player.rank == 0:
+                (temporary / "count.json").write_text(json.dumps(asdict(count)))
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(temporary, path)
 
     def _scored(self, blocks: Iterable[list[Pair]], scorer: str) -> Iterator[list[Example]]:
         """The blocks with the references of their pairs: the opponent's, or the learner's own under theta_t.
@@ -219,12 +287,11 @@ class Worker:
         `frozen` scores a block when it comes, with a copy of theta_t; `learner` scores all of them before the first step.
         """
         if scorer == "opponent":
-            yield from ([(pair, opponent_reference(pair)) for pair in block] for block in blocks)
-        elif scorer == "frozen":
-            self._player.freeze()
-            yield from (list(zip(block, self._player.score(block, frozen=True), strict=True)) for block in blocks)
-        else:
-            yield from [list(zip(block, self._player.score(block), strict=True)) for block in blocks]
+            return ([(pair, opponent_reference(pair)) for pair in block] for block in blocks)
+        if scorer == "learner":
+            return iter([list(zip(block, self._player.score(block), strict=True)) for block in blocks])
+        self._player.freeze()
+        return (list(zip(block, self._player.score(block, frozen=True), strict=True)) for block in blocks)
 
     def answer(self, key: Hashable, result: Any) -> None:
         if self._player.rank == 0:
@@ -260,6 +327,10 @@ class Worker:
         from spin_ray.exchange.weights import BUCKET_BYTES
 
         with readable_disk_errors(Path(command.model_path)):
+            if self._player.rank == 0:
+                for path in filter(None, (command.model_path, command.checkpoint_path)):
+                    shutil.rmtree(path, ignore_errors=True)  # what a worker left that died while it wrote
+            self.wait_for_all_ranks()
             self._player.export(Path(command.model_path), BUCKET_BYTES)
             if command.checkpoint_path:
                 self._player.save_checkpoint(Path(command.checkpoint_path))
@@ -269,9 +340,14 @@ Example = tuple[Pair, np.ndarray]
 """A pair with its references: log p of the real and of the generated answer under theta_t, [2] float64, summed, in nats."""
 
 
-def opponent_reference(pair: Pair) -> np.ndarray:
-    """The reference that came with the pair, [2] float64, nats."""
-    return np.array([pair.opponent_real_logps.sum(dtype=np.float64), pair.opponent_generated_logps.sum(dtype=np.float64)])
+def check_numbers(metrics: dict[str, float], iteration: int, step: int, lr: float, log_dir: str) -> None:
+    """Raise Diverged at the first loss or gradient that is not a number: no later step could mend the weights."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise Diverged(
+                f"iteration {iteration}, step {step}: {name} is {metrics[name]} (lr {lr:g}, loss {metrics['loss']:g}); "
+                f"the models of finished iterations are kept; see metrics.jsonl and {log_dir}/learner-0.log, and try a smaller spin.lr"
+            )
 
 
 def staleness(pairs: Sequence[Pair]) -> dict[str, float]:

@@ -69,8 +69,11 @@ class Sampler:
     def _tensors(weights: PublishedWeights, started: list[float]) -> Iterator[tuple[str, Any]]:
         import ray
 
-        from spin_ray.exchange.weights import from_bucket
+        from spin_ray.exchange.weights import from_bucket, from_folder
 
         started.append(time.perf_counter())
+        if weights.saved_at:
+            yield from from_folder(weights.saved_at, weights.tied_names)
+            return
         for reference in weights.buckets:
             yield from from_bucket(ray.get(reference), weights.tied_names)

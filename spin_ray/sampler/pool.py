@@ -18,6 +18,7 @@ their arrival; a request of an earlier version is refused.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import heapq
 import itertools
 import math
@@ -172,6 +173,11 @@ class SamplerPool:
         self._dispatch()
         return seconds
 
+    async def saved(self, version: Version, folder: str) -> None:
+        """The present weights are on disk: who joins from here on reads them there, and the object store is free of them."""
+        assert version == self._version and self._weights is not None
+        self._weights = dataclasses.replace(self._weights, buckets=(), saved_at=folder)
+
     async def release(self, version: Version) -> None:
         """Let requests of the present version other than the audit's be answered."""
         assert version == self._version, f"{version} is not loaded, {self._version} is"
@@ -255,14 +261,15 @@ class SamplerPool:
             self._error = self._error or self._failures[0][1]
             return
         self._num_restarts += 1
-        self._restart(replica.handle)
+        if not isinstance(error, ray.exceptions.RayActorError):  # a dead one is being started anew already
+            self._restart(replica.handle)
         self._spawn(self._join(replica))
 
     async def _join(self, replica: _Replica) -> None:
         """Bring a replica that starts to the present weights, whatever was loaded meanwhile."""
         life = replica.lives
         try:
-            await replica.handle.ready.remote()
+            await _up(replica.handle)
             while replica.version != self._version and life == replica.lives:
                 await self._load(replica)
             replica.joined = life == replica.lives
@@ -297,7 +304,7 @@ class SamplerPool:
         async with self._changed:
             await self._changed.wait_for(lambda: self._error is not None or condition())
         if self._error:
-            raise self._error
+            raise self._error.with_traceback(None)
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -311,6 +318,15 @@ BROKEN = (EngineFailed, ray.exceptions.RayActorError, TimeoutError)
 
 async def _done(reference: Any) -> Any:
     return await reference
+
+
+async def _up(handle: Any) -> None:
+    """Wait until an actor answers, also while Ray is still starting it anew."""
+    while True:
+        try:
+            return await handle.ready.remote()
+        except ray.exceptions.ActorUnavailableError:
+            await asyncio.sleep(0.5)
 
 
 def _in_words(replica: _Replica, error: BaseException) -> BaseException:

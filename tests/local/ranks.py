@@ -14,10 +14,9 @@ import torch.distributed as dist
 
 from spin_ray.config import LearnerConfig
 from spin_ray.learner.engine import MainPlayer
-from spin_ray.learner.loop import opponent_reference
 from spin_ray.losses import spin_loss
 from spin_ray.placement import Hardware
-from spin_ray.records import Pair
+from spin_ray.records import Pair, opponent_reference
 
 HARDWARE = Hardware("cpu", "float32", 0, 0, 1e-3, True, 1, "gloo")
 

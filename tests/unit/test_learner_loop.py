@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from spin_ray.learner.coordinator import Coordinator, Failure
-from spin_ray.learner.loop import Train, Worker, batches, learning_rate, num_steps, opponent_reference, staleness
-from spin_ray.records import Version
+from spin_ray.errors import Diverged
+from spin_ray.learner.coordinator import Base, Coordinator, Failure
+from spin_ray.learner.loop import Count, Train, Worker, batches, check_numbers, learning_rate, num_steps, staleness
+from spin_ray.records import Version, opponent_reference
+
+BASE = Base("theta_0", None)
 
 
 def command(sizes, *, epochs=2, max_steps=0):
@@ -123,7 +126,7 @@ def run_async(scenario):
 
 def test_coordinator_commands_and_results_in_any_order_of_arrival():
     async def scenario():
-        box = Coordinator()
+        box = Coordinator(BASE)
         waiting = [asyncio.create_task(box.command(0)) for _ in range(2)]  # two ranks ask before the driver posts
         result = asyncio.create_task(box.result(0))
         await asyncio.sleep(0)
@@ -140,7 +143,7 @@ def test_coordinator_commands_and_results_in_any_order_of_arrival():
 
 def test_coordinator_blocks_may_come_out_of_order_and_old_iterations_are_dropped():
     async def scenario():
-        box = Coordinator()
+        box = Coordinator(BASE)
         first = asyncio.create_task(box.block(0, 0))
         await box.put_block(0, 1, ["b"])
         assert not first.done() and await box.block(0, 1) == ["b"]
@@ -156,12 +159,12 @@ def test_coordinator_blocks_may_come_out_of_order_and_old_iterations_are_dropped
 
 def test_coordinator_failure_ends_every_wait_with_the_first_error():
     async def scenario():
-        box = Coordinator()
+        box = Coordinator(BASE)
         waiting = [asyncio.create_task(wait) for wait in (box.command(0), box.result(0), box.block(0, 0))]
         await asyncio.sleep(0)
         first = RuntimeError("first")
-        await box.fail(first)
-        await box.fail(RuntimeError("follow-up"))
+        await box.fail(Failure(first))
+        await box.fail(Failure(RuntimeError("follow-up")))
         assert all(isinstance(answer, Failure) and answer.error is first for answer in await asyncio.gather(*waiting))
         assert (await box.command(3)).error is first
 
@@ -170,9 +173,33 @@ def test_coordinator_failure_ends_every_wait_with_the_first_error():
 
 def test_coordinator_hands_metrics_out_once_in_order():
     async def scenario():
-        box = Coordinator()
+        box = Coordinator(BASE)
         for step in range(3):
             await box.log({"step": step})
         assert await box.drain() == [{"step": 0}, {"step": 1}, {"step": 2}] and await box.drain() == []
 
     run_async(scenario)
+
+
+def test_a_new_group_joins_at_the_base_and_the_base_moves_only_with_the_group_that_made_it():
+    async def scenario():
+        box = Coordinator(BASE)
+        assert await box.join() == BASE and await box.group() == 1
+        assert await box.join() == BASE  # a worker died
+        later = Base("theta_1", None, first_command=4)
+        assert not await box.move_base(later, group=1) and await box.join() == BASE
+        assert await box.move_base(later, group=3) and await box.join() == later
+
+    run_async(scenario)
+
+
+def test_count_goes_on_where_it_was():
+    count = Count().after({"loss": 2.0, "spin_loss": 0.7, "num_tokens": 10.0}, 4).after({"loss": 1.0, "num_tokens": 5.0}, 3)
+    assert count == Count(steps=2, pairs=7, tokens=15, first_loss=0.7)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_not_a_number_stops_the_run(name):
+    check_numbers({"loss": 0.5, "grad_norm": 1.0}, 1, 7, 1e-3, "logs")
+    with pytest.raises(Diverged, match=rf"iteration 1, step 7: {name} is nan .*smaller spin\.lr"):
+        check_numbers({"loss": 0.5, "grad_norm": 1.0, name: float("nan")}, 1, 7, 1e-3, "logs")
