@@ -174,7 +174,7 @@ def _refuse_unsupported(config: Any, name: str) -> None:
 def _optimizer(config: LearnerConfig, parameters: Any) -> torch.optim.Optimizer:
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
 
 
 def _deepspeed_config(config: LearnerConfig, hardware: Hardware, *, clips_itself: bool) -> dict[str, Any]:
