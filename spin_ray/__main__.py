@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("config", help="YAML file, for example conf/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's, such as spin.beta=0.1")
         command.set_defaults(function=function)
+    bench = commands.add_parser("bench", help="Measure one part beside what users have today.", epilog="; ".join(
+        f"{name}: {help_text}" for name, (_, help_text) in BENCHES.items()
+    ))
+    bench.add_argument("name", choices=BENCHES)
+    bench.add_argument("options", nargs=argparse.REMAINDER, help="the bench's own; --help lists them")
     args = parser.parse_args(argv)
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
     try:
+        if args.command == "bench":
+            return importlib.import_module(BENCHES[args.name][0]).main(args.options)
         config, origin = load_config(args.config, args.overrides)
         args.function(config, origin)
     except Exception as error:
@@ -36,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cause(error: Exception) -> BaseException:
-    if isinstance(error, (BadInput, RunStopped)):
+    if isinstance(error, (BadInput, RunStopped)) or "ray" not in sys.modules:
         return error
-    from spin_ray.system import first_error  # only errors of a started run are wrapped, and by then ray is loaded
+    from spin_ray.system import first_error  # only errors of a started run are wrapped
 
     return first_error(error)
 
@@ -74,6 +82,12 @@ COMMANDS: dict[str, tuple[Callable[[Config, dict[str, str]], None], str]] = {
     "eval": (_eval, "Evaluate the model of the config on its held-out data."),
     "config": (_config, "Print the resolved config and where each value came from."),
 }
+
+BENCHES: dict[str, tuple[str, str]] = {
+    "learner": ("spin_ray.bench.learner", "the learner's step beside TRL's DPOTrainer: speed, memory, loss."),
+    "memory": ("spin_ray.bench.memory", "how the step's peak memory grows with vocabulary, tokens and pairs."),
+}
+"""Name -> module with a `main(argv) -> exit code`, and what it measures."""
 
 if __name__ == "__main__":
     sys.exit(main())

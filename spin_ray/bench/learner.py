@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from spin_ray.errors import BadInput, RunStopped
@@ -64,7 +65,7 @@ def _settings(model: str, options: argparse.Namespace) -> Any:
     return Settings(
         device=options.device, dtype="bfloat16" if cuda else "float32", batch_pairs=options.batch_pairs,
         optimizer=options.optimizer or ("rmsprop" if cuda else "adamw"), lr=1e-5 if cuda else 1e-4, beta=0.1, grad_clip=1.0,
-        checkpointing=options.checkpointing or model == "zephyr-7b", pack_tokens=options.pack_tokens or (16_384 if cuda else 1_536),
+        checkpointing=options.checkpointing or model == "zephyr-7b", pack_tokens=options.pack_tokens or (16_384 if cuda else 768),
         trl_batch=options.trl_batch, trl_best_batch=options.trl_best_batch or (8 if cuda else 1),
     )
 
@@ -82,24 +83,28 @@ def run(folder: Path, model: str, options: argparse.Namespace) -> dict[str, dict
     )
     workload.save_pairs(folder / "pairs.parquet", workload.with_references(pairs, folder / "model", device=options.device))
     (folder / "bench.json").write_text(json.dumps(asdict(settings)))
-    timed = pairs[settings.batch_pairs :]
-    num_tokens = sum(2 * len(p.prompt_ids) + len(p.real_ids) + len(p.generated_ids) for p in timed)
+    batches = [pairs[start : start + settings.batch_pairs] for start in range(0, len(pairs), settings.batch_pairs)]
     names = options.contestants.split(",")
     groups = [names] if options.device == "cpu" else [[name] for name in names]
-    steps = {name: each for group in groups for name, each in _take_turns(folder, group, options.steps + 1, settings.device).items()}
-    return {name: _result(each, len(timed), num_tokens) for name, each in steps.items()}
+    steps = {name: each for group in groups for name, each in take_turns(folder, group, options.steps + 1, settings.device).items()}
+    return {name: _result(each, batches) for name, each in steps.items()}
 
 
-def _result(steps: list[dict[str, float]], num_pairs: int, num_tokens: int) -> dict[str, Any]:
-    """Rates over the timed steps; tokens count the prompt once per answer and no padding, for every contestant alike."""
-    seconds = sum(step["seconds"] for step in steps[1:])
+def _result(steps: list[dict[str, float]], batches: list[list[Any]]) -> dict[str, Any]:
+    """Median rates of the timed steps; tokens count the prompt once per answer and no padding, for every contestant alike.
+
+    The median, because on a machine that others use a step now and then takes many times as long.
+    """
+    tokens = [sum(2 * len(p.prompt_ids) + len(p.real_ids) + len(p.generated_ids) for p in batch) for batch in batches]
+    timed = list(zip(steps, batches, tokens, strict=True))[1:]
     return {
-        "pairs_per_s": num_pairs / seconds, "tokens_per_s": num_tokens / seconds, "peak_gib": steps[-1]["peak_gib"],
-        "losses": [step["loss"] for step in steps], "mfu": steps[-1].get("mfu"),
+        "pairs_per_s": median(len(batch) / step["seconds"] for step, batch, _ in timed),
+        "tokens_per_s": median(count / step["seconds"] for step, _, count in timed),
+        "peak_gib": steps[-1]["peak_gib"], "losses": [step["loss"] for step in steps], "mfu": steps[-1].get("mfu"),
     }
 
 
-def _take_turns(folder: Path, names: list[str], num_steps: int, device: str) -> dict[str, list[dict[str, float]]]:
+def take_turns(folder: Path, names: list[str], num_steps: int, device: str) -> dict[str, list[dict[str, float]]]:
     env = {
         **os.environ, "HF_HUB_OFFLINE": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0", "TOKENIZERS_PARALLELISM": "false", **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}),

@@ -5,6 +5,7 @@ Plain class, one instance per rank; every method that touches weights is a colle
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput
 from spin_ray.learner import attention
 from spin_ray.learner.logps import PolicyLogps
+from spin_ray.learner.meters import ModelFlops, peak_flops, peak_memory_gib, row_use
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.losses import PairLogps
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair
 
 LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping")
+_CHANGES_LOGITS = (
+    "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
+)
 
 
 class MainPlayer:
@@ -48,7 +52,10 @@ class MainPlayer:
             raise BadInput(f"{model_path}: models whose output layer has a bias are not supported by the learner yet")
         if config.activation_checkpointing:
             self._lm.gradient_checkpointing_enable()
-        policy = PolicyLogps(self._lm)
+        self._flops, self._peak_flops = ModelFlops.of(self._lm), peak_flops(self.device, self._lm.dtype)
+        policy = PolicyLogps(self._lm, chunk_elements=hardware.logits_elements)
+        if config.compile:
+            _compile_layers(self._lm)
         optimizer = _optimizer(config, policy.parameters())
         self._grad_norm = 0.0
         # Without ZeRO or bf16, DeepSpeed steps the bare optimizer and reports no gradient norm: clip just before that step.
@@ -78,8 +85,11 @@ class MainPlayer:
         """One optimizer step on a global batch; every rank passes the same pairs and trains on its share.
 
         The gradient is that of sum(loss) / normalizer over the whole batch, whatever the number of ranks and the packing.
-        Returns the batch means of the loss function's metrics, and `grad_norm` (before clipping) and `num_tokens`.
+        Returns the batch means of the loss function's metrics, and `grad_norm` (before clipping), `num_tokens`, `mfu` (model
+        FLOPs of the batch / (seconds × ranks × the device's peak), see meters.py), `peak_memory_gib` of this rank,
+        `padding_share` and `pack_fill`.
         """
+        begun = time.perf_counter()
         share = self._hardware.share_prompt
         lengths = [row_tokens(pair, share_prompt=share) for pair in pairs]
         plan = plan_micro_batches(lengths, num_ranks=self.world_size, pack_tokens=self._config.pack_tokens)
@@ -99,7 +109,11 @@ class MainPlayer:
         dist.all_reduce(totals)
         means = {name: total / len(pairs) for name, total in zip(sums, totals.tolist(), strict=True)}
         grad_norm = self._grad_norm if self._clips_itself else self._engine.get_global_grad_norm()
-        return {**means, "grad_norm": float(grad_norm), "num_tokens": sum(lengths)}
+        achieved = self._flops.step(pairs, share_prompt=share) / (time.perf_counter() - begun)
+        return {
+            **means, "grad_norm": float(grad_norm), "num_tokens": sum(lengths), "mfu": achieved / (self.world_size * self._peak_flops),
+            "peak_memory_gib": peak_memory_gib(self.device), **row_use(plan, lengths, pack_tokens=self._config.pack_tokens),
+        }
 
     def _pair_logps(self, pairs: Sequence[Pair]) -> PairLogps:
         packed = pack(pairs, share_prompt=self._hardware.share_prompt).to(self.device)
@@ -171,6 +185,14 @@ def _refuse_unsupported(config: Any, name: str) -> None:
             raise BadInput(f"{name}: models with {key} (here {getattr(config, key)}) are not supported by the learner yet")
 
 
+def _compile_layers(lm: torch.nn.Module) -> None:
+    """torch.compile what fuses and does not see the packing: every layer's norms and feed-forward block."""
+    for layer in lm.base_model.layers:
+        for name, module in layer.named_children():
+            if name != "self_attn":
+                module.compile(dynamic=True)
+
+
 def _optimizer(config: LearnerConfig, parameters: Any) -> torch.optim.Optimizer:
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=config.weight_decay)
@@ -178,13 +200,15 @@ def _optimizer(config: LearnerConfig, parameters: Any) -> torch.optim.Optimizer:
 
 
 def _deepspeed_config(config: LearnerConfig, hardware: Hardware, *, clips_itself: bool) -> dict[str, Any]:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": hardware.device == "cuda"}} if config.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # step() is the boundary: the number of micro-batches differs from batch to batch
         "gradient_clipping": 0.0 if clips_itself else config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, **offload},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own needs a compiler on the user's machine, and knows no RMSprop
         "bf16": {"enabled": hardware.dtype == "bfloat16"},
         # The result must not depend on how a batch is cut into micro-batches. Without ZeRO, DeepSpeed has no such mix with bf16.
         "data_types": {"grad_accum_dtype": "fp32"} if config.zero_stage else {},

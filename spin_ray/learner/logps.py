@@ -20,6 +20,8 @@ from spin_ray.learner.packing import Packed
 
 CHUNK_ELEMENTS = 20 * 2**20
 """Logits held at a time: 80 MiB in float32."""
+SMALLEST = 1e-30
+"""A softmax below this is near underflow (float32 ends at 1e-38): its logarithm is computed from the logits instead."""
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -51,11 +53,13 @@ class _ChunkedLogps(torch.autograd.Function):
         scale = -grad[:, None]
         scaled = (hidden * scale).to(weight.dtype)
         # Many chunks add up here: never in half precision.
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        for part in reversed(_parts(len(targets), ctx.chunk)) if grad_weight is not None else ():
+        grad_weight = None
+        for part in reversed(_parts(len(targets), ctx.chunk)) if ctx.needs_input_grad[1] else ():
             if softmax is None:
                 softmax = _softmax_less_onehot(hidden[part], weight, targets[part], buffer)
-            if weight.dtype == grad_weight.dtype:
+            if grad_weight is None:
+                grad_weight = (softmax.T @ scaled[part]).to(grad.dtype)
+            elif weight.dtype == grad.dtype:
                 grad_weight.addmm_(softmax.T, scaled[part])
             else:
                 grad_weight += softmax.T @ scaled[part]
@@ -84,13 +88,14 @@ def _softmax_less_onehot(
         torch.mm(hidden, weight.T, out=logits)
     else:
         logits.copy_(hidden @ weight.T)
-    if logps is not None:
-        at_target = logits.gather(1, targets[:, None])
-        largest, where = logits.max(dim=1, keepdim=True)
     torch.softmax(logits, dim=1, out=logits)
     if logps is not None:
-        # log of the softmax itself would be -inf where it underflows; at the largest logit it does not
-        logps.copy_((at_target - largest + logits.gather(1, where).log_())[:, 0])
+        at_target = logits.gather(1, targets[:, None])[:, 0]
+        torch.log(at_target, out=logps)
+        rare = (at_target < SMALLEST).nonzero()[:, 0]
+        if len(rare):
+            again = torch.log_softmax((hidden[rare] @ weight.T).to(logps.dtype), dim=1)
+            logps[rare] = again.gather(1, targets[rare, None])[:, 0]
     logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
     return logits.to(weight.dtype)
 
