@@ -50,8 +50,7 @@ class MainPlayer:
         )
         if self._lm.lm_head.bias is not None:
             raise BadInput(f"{model_path}: models whose output layer has a bias are not supported by the learner yet")
-        if config.activation_checkpointing:
-            self._lm.gradient_checkpointing_enable()
+        self._lm.gradient_checkpointing_enable()  # _checkpoint decides, row by row
         self._flops, self._peak_flops = ModelFlops.of(self._lm), peak_flops(self.device, self._lm.dtype)
         policy = PolicyLogps(self._lm, chunk_elements=hardware.logits_elements)
         if config.compile:
@@ -66,6 +65,13 @@ class MainPlayer:
             model=policy, optimizer=optimizer, config=_deepspeed_config(config, hardware, clips_itself=self._clips_itself)
         )
         self._engine.train()
+
+    def _checkpoint(self, row_tokens: int) -> None:
+        """Recompute this row's activations in the backward pass: always if so configured, and for a single pair longer than
+        `pack_tokens`, so that the longest pair does not set the memory of a run.
+        """
+        for layer in self._lm.base_model.layers:
+            layer.gradient_checkpointing = self._config.activation_checkpointing or row_tokens > self._config.pack_tokens
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -117,6 +123,7 @@ class MainPlayer:
 
     def _pair_logps(self, pairs: Sequence[Pair]) -> PairLogps:
         packed = pack(pairs, share_prompt=self._hardware.share_prompt).to(self.device)
+        self._checkpoint(len(packed.input_ids))
         logps = self._engine(packed)
         sums = logps.new_zeros(2 * len(pairs)).index_add(0, packed.answer_of, logps).view(len(pairs), 2)
         known = [(p.opponent_real_logps.sum(dtype=np.float64), p.opponent_generated_logps.sum(dtype=np.float64)) for p in pairs]

@@ -18,8 +18,8 @@ from torch import nn
 
 from spin_ray.learner.packing import Packed
 
-CHUNK_ELEMENTS = 20 * 2**20
-"""Logits held at a time: 80 MiB in float32."""
+CHUNK_ELEMENTS = 12 * 2**20
+"""Logits held at a time: 48 MiB in float32."""
 SMALLEST = 1e-30
 """A softmax below this is near underflow (float32 ends at 1e-38): its logarithm is computed from the logits instead."""
 
