@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput
@@ -50,7 +51,8 @@ class MainPlayer:
         )
         if self._lm.lm_head.bias is not None:
             raise BadInput(f"{model_path}: models whose output layer has a bias are not supported by the learner yet")
-        self._lm.gradient_checkpointing_enable()  # _checkpoint decides, row by row
+        if config.activation_checkpointing or self._lm.supports_gradient_checkpointing:
+            self._lm.gradient_checkpointing_enable()  # _checkpoint decides, row by row
         self._flops, self._peak_flops = ModelFlops.of(self._lm), peak_flops(self.device, self._lm.dtype)
         policy = PolicyLogps(self._lm, chunk_elements=hardware.logits_elements)
         if config.compile:
@@ -66,12 +68,14 @@ class MainPlayer:
         )
         self._engine.train()
 
-    def _checkpoint(self, row_tokens: int) -> None:
-        """Recompute this row's activations in the backward pass: always if so configured, and for a single pair longer than
-        `pack_tokens`, so that the longest pair does not set the memory of a run.
+    def _checkpoint(self, longest_row: int) -> None:
+        """Recompute activations in the next backward pass: always if so configured, and where a rank's row, a single pair
+        longer than `pack_tokens`, would else set the memory of the run. All ranks alike: ZeRO-3 gathers weights again.
         """
-        for layer in self._lm.base_model.layers:
-            layer.gradient_checkpointing = self._config.activation_checkpointing or row_tokens > self._config.pack_tokens
+        checkpoint = self._config.activation_checkpointing or longest_row > self._config.pack_tokens
+        for module in self._lm.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = checkpoint
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -101,7 +105,8 @@ class MainPlayer:
         plan = plan_micro_batches(lengths, num_ranks=self.world_size, pack_tokens=self._config.pack_tokens)
         shortest = lengths.index(min(lengths))
         sums: dict[str, torch.Tensor] = {}
-        for indices in plan[self.rank]:
+        for number, indices in enumerate(plan[self.rank]):
+            self._checkpoint(max(sum(lengths[i] for i in rank[number]) for rank in plan))
             # An empty micro-batch still runs, on the shortest pair with weight 0: ZeRO's collectives need every rank.
             loss, metrics = loss_fn(self._pair_logps([pairs[i] for i in indices or [shortest]]))
             # Data parallelism averages over ranks, hence the factor world_size.
@@ -123,7 +128,6 @@ class MainPlayer:
 
     def _pair_logps(self, pairs: Sequence[Pair]) -> PairLogps:
         packed = pack(pairs, share_prompt=self._hardware.share_prompt).to(self.device)
-        self._checkpoint(len(packed.input_ids))
         logps = self._engine(packed)
         sums = logps.new_zeros(2 * len(pairs)).index_add(0, packed.answer_of, logps).view(len(pairs), 2)
         known = [(p.opponent_real_logps.sum(dtype=np.float64), p.opponent_generated_logps.sum(dtype=np.float64)) for p in pairs]
