@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-VOCABULARIES, ANSWERS, PAIRS = (8_000, 32_000, 64_000, 100_000, 150_000), (64, 128, 256, 512), (4, 16, 64, 256)
+VOCABULARIES, ANSWERS, PAIRS = (8_000, 32_000, 64_000, 100_000, 150_000), (64, 128, 256, 512), (4, 16, 64)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def draw(measured: dict[Point, float], path: Path) -> None:
         panel.plot(x, [measured[point] for point in points], "o-", label="spin_ray, whole process")
         panel.plot(x, [point.logits_gib for point in points], "x--", label="float32 logits of the batch alone")
         panel.set(xlabel=name, ylim=(0, 3))
+        panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("GiB")
     panels[0].legend(fontsize=8)
