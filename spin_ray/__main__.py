@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cause(error: Exception) -> BaseException:
-    if isinstance(error, (BadInput, RunStopped)):
+    if isinstance(error, (BadInput, RunStopped)) or "ray" not in sys.modules:
         return error
-    from spin_ray.system import first_error  # only errors of a started run are wrapped, and by then ray is loaded
+    from spin_ray.system import first_error  # only errors of a started run are wrapped
 
     return first_error(error)
 
@@ -83,6 +83,8 @@ COMMANDS: dict[str, tuple[Callable[[Config, dict[str, str]], None], str]] = {
 }
 
 BENCHES = {
+    "learner": "the learner's step beside TRL's DPOTrainer and a naive loop: speed, memory, loss",
+    "memory": "how the step's peak memory grows with vocabulary, tokens and pairs",
     "overlap": "the same job in sequential, stream and lookahead: who waits, and is the result the same",
     "scale": "the real orchestration with simulated players, 1 to 64 sampler replicas and 1 to 8 learner workers",
     "sync": "a publish-load cycle of 1 GiB of weights against the machine's memcpy",

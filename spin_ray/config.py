@@ -149,6 +149,10 @@ class LearnerConfig:
     """Recompute the layers' activations in the backward pass."""
     share_prompt: bool = True
     """Compute the prompt of y and y' once, where the attention backend can."""
+    offload_optimizer: bool = False
+    """Keep master weights and optimizer states in the CPU's memory and step there; needs zero_stage 1, 2 or 3."""
+    compile: bool = False
+    """torch.compile the layers' norms and feed-forward blocks; the first steps take a minute longer."""
 
 
 @dataclass
@@ -325,6 +329,8 @@ def check(config: Config) -> None:
             "overlap.mode=lookahead does not go with reference.scorer=learner: blocks are played ahead so that training can start "
             "at once, but that scorer starts only when all blocks are there; choose opponent or frozen"
         )
+    if config.learner.offload_optimizer and config.learner.zero_stage == 0:
+        raise BadInput("learner.offload_optimizer=True needs learner.zero_stage 1, 2 or 3 (here 0): only ZeRO moves states to the CPU")
     batch, workers = config.learner.batch_pairs, config.learner.num_workers
     if batch % workers:
         raise BadInput(

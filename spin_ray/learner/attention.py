@@ -32,13 +32,14 @@ def packed_attention(
         raise ValueError(f"a prompt with its answers has {longest} tokens, more than this model's sliding window of {sliding_window}")
     if _one_call(query, packed):
         return _varlen(query, key, value, packed, scaling, longest), None
-    outputs = []
-    for tree in packed.trees:
-        piece = slice(tree.start, tree.start + tree.length)
-        outputs.append(F.scaled_dot_product_attention(
-            query[:, :, piece], key[:, :, piece], value[:, :, piece], attn_mask=tree.mask, is_causal=tree.mask is None,
-            scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
-        ))
+    lengths = [tree.length for tree in packed.trees]
+    pieces = zip(packed.trees, *(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(
+            q, k, v, attn_mask=tree.mask, is_causal=tree.mask is None, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+        for tree, q, k, v in pieces
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

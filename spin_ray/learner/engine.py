@@ -5,6 +5,7 @@ Plain class, one instance per rank; every method that touches weights is a colle
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,18 +17,22 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput
 from spin_ray.learner import attention
 from spin_ray.learner.logps import PolicyLogps
+from spin_ray.learner.meters import ModelFlops, peak_flops, peak_memory_gib, row_use
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.losses import PairLogps
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair
 
 LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping")
+_CHANGES_LOGITS = (
+    "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
+)
 
 
 class MainPlayer:
@@ -48,9 +53,12 @@ class MainPlayer:
         )
         if self._lm.lm_head.bias is not None:
             raise BadInput(f"{model_path}: models whose output layer has a bias are not supported by the learner yet")
-        if config.activation_checkpointing:
-            self._lm.gradient_checkpointing_enable()
-        policy = PolicyLogps(self._lm)
+        if config.activation_checkpointing or self._lm.supports_gradient_checkpointing:
+            self._lm.gradient_checkpointing_enable()  # _checkpoint decides, row by row
+        self._flops, self._peak_flops = ModelFlops.of(self._lm), peak_flops(self.device, self._lm.dtype)
+        policy = PolicyLogps(self._lm, chunk_elements=hardware.logits_elements)
+        if config.compile:
+            _compile_layers(self._lm)
         optimizer = _optimizer(config, policy.parameters())
         self._grad_norm = 0.0
         # Without ZeRO or bf16, DeepSpeed steps the bare optimizer and reports no gradient norm: clip just before that step.
@@ -61,6 +69,15 @@ class MainPlayer:
             model=policy, optimizer=optimizer, config=_deepspeed_config(config, hardware, clips_itself=self._clips_itself)
         )
         self._engine.train()
+
+    def _checkpoint(self, longest_row: int) -> None:
+        """Recompute activations in the next backward pass: always if so configured, and where a rank's row, a single pair
+        longer than `pack_tokens`, would else set the memory of the run. All ranks alike: ZeRO-3 gathers weights again.
+        """
+        checkpoint = self._config.activation_checkpointing or longest_row > self._config.pack_tokens
+        for module in self._lm.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = checkpoint
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -84,11 +101,15 @@ class MainPlayer:
 
         `references` [num_pairs, 2] float64: log p of the real and the generated answer under theta_t, summed, in nats.
         The gradient is that of sum(loss) / normalizer over the whole batch, whatever the number of ranks and the packing.
-        Returns the batch means of the loss function's metrics, and `grad_norm` (before clipping) and `num_tokens`.
+        Returns the batch means of the loss function's metrics, and `grad_norm` (before clipping), `num_tokens`, `mfu` (model
+        FLOPs of the batch / (seconds × ranks × the device's peak), see meters.py), `peak_memory_gib` of this rank,
+        `padding_share` and `pack_fill`.
         """
-        micro_batches, num_tokens = self._share(pairs)
+        begun = time.perf_counter()
+        lengths, plan = self._plan(pairs)
         sums: dict[str, torch.Tensor] = {}
-        for indices, weighs in micro_batches:
+        for number, (indices, weighs) in enumerate(self._own_micro_batches(lengths, plan)):
+            self._checkpoint(max(sum(lengths[i] for i in rank[number]) for rank in plan))
             loss, metrics = loss_fn(self._pair_logps([pairs[i] for i in indices], references[indices]))
             # Data parallelism averages over ranks, hence the factor world_size.
             self._engine.backward(loss.sum() * (weighs * self.world_size / normalizer))
@@ -101,17 +122,23 @@ class MainPlayer:
         dist.all_reduce(totals)
         means = {name: total / len(pairs) for name, total in zip(sums, totals.tolist(), strict=True)}
         grad_norm = self._grad_norm if self._clips_itself else self._engine.get_global_grad_norm()
-        return {**means, "grad_norm": float(grad_norm), "num_tokens": num_tokens}
+        achieved = self._flops.step(pairs, share_prompt=self._hardware.share_prompt) / (time.perf_counter() - begun)
+        return {
+            **means, "grad_norm": float(grad_norm), "num_tokens": sum(lengths), "mfu": achieved / (self.world_size * self._peak_flops),
+            "peak_memory_gib": peak_memory_gib(self.device), **row_use(plan, lengths, pack_tokens=self._config.pack_tokens),
+        }
 
-    def _share(self, pairs: Sequence[Pair]) -> tuple[list[tuple[list[int], bool]], int]:
-        """This rank's micro-batches of a global batch, (indices, whether they count), and the tokens of all ranks.
-
-        An empty micro-batch still runs, on the shortest pair with weight 0: ZeRO's collectives need every rank.
-        """
+    def _plan(self, pairs: Sequence[Pair]) -> tuple[list[int], list[list[list[int]]]]:
+        """Each pair's tokens in a row, and every rank's micro-batches as indices."""
         lengths = [row_tokens(pair, share_prompt=self._hardware.share_prompt) for pair in pairs]
-        plan = plan_micro_batches(lengths, num_ranks=self.world_size, pack_tokens=self._config.pack_tokens)
+        return lengths, plan_micro_batches(lengths, num_ranks=self.world_size, pack_tokens=self._config.pack_tokens)
+
+    def _own_micro_batches(self, lengths: list[int], plan: list[list[list[int]]]) -> list[tuple[list[int], bool]]:
+        """This rank's (indices, whether they count). An empty one still runs, on the shortest pair with weight 0: ZeRO's
+        collectives need every rank.
+        """
         shortest = lengths.index(min(lengths))
-        return [(indices or [shortest], bool(indices)) for indices in plan[self.rank]], sum(lengths)
+        return [(indices or [shortest], bool(indices)) for indices in plan[self.rank]]
 
     def _answer_sums(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """Log p of the real and the generated answer of each pair, [num_pairs, 2], in nats."""
@@ -137,7 +164,7 @@ class MainPlayer:
         """
         sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
         with self._frozen_weights() if frozen else nullcontext():
-            for indices, weighs in self._share(pairs)[0]:
+            for indices, weighs in self._own_micro_batches(*self._plan(pairs)):
                 if weighs:
                     sums[indices] = self._answer_sums([pairs[i] for i in indices]).to(torch.float64)
                 else:
@@ -227,20 +254,30 @@ def _refuse_unsupported(config: Any, name: str) -> None:
             raise BadInput(f"{name}: models with {key} (here {getattr(config, key)}) are not supported by the learner yet")
 
 
+def _compile_layers(lm: torch.nn.Module) -> None:
+    """torch.compile what fuses and does not see the packing: every layer's norms and feed-forward block."""
+    for layer in lm.base_model.layers:
+        for name, module in layer.named_children():
+            if name != "self_attn":
+                module.compile(dynamic=True)
+
+
 def _optimizer(config: LearnerConfig, parameters: Any) -> torch.optim.Optimizer:
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
 
 
 def _deepspeed_config(config: LearnerConfig, hardware: Hardware, *, clips_itself: bool) -> dict[str, Any]:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": hardware.device == "cuda"}} if config.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # step() is the boundary: the number of micro-batches differs from batch to batch
         "gradient_clipping": 0.0 if clips_itself else config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, **offload},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own needs a compiler on the user's machine, and knows no RMSprop
         "bf16": {"enabled": hardware.dtype == "bfloat16"},
         # The result must not depend on how a batch is cut into micro-batches. Without ZeRO, DeepSpeed has no such mix with bf16.
         "data_types": {"grad_accum_dtype": "fp32"} if config.zero_stage else {},

@@ -231,6 +231,7 @@ class Worker:
         blocks = self._scored(list(feed) if command.wait_for_all else feed, command.scorer)
         count = self._take_up(command)
         total_steps = num_steps(command, config.batch_pairs)
+        metrics: dict[str, float] = {}
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
             if step == total_steps:
                 break
@@ -253,7 +254,8 @@ class Worker:
                 self._save_progress(command, count)
         feed.close()
         return TrainReport(
-            count.steps, count.pairs, count.tokens, time.perf_counter() - started, feed.waited_s, count.first_loss, _peak_memory_gib()
+            count.steps, count.pairs, count.tokens, time.perf_counter() - started, feed.waited_s, count.first_loss,
+            metrics.get("peak_memory_gib", 0.0),
         )
 
     def _take_up(self, command: Train) -> Count:
@@ -427,14 +429,3 @@ def learning_rate(step: int, total_steps: int, *, peak: float, warmup_fraction: 
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (total_steps - step) / (total_steps - warmup)
-
-
-def _peak_memory_gib() -> float:
-    """Peak memory of this rank: allocated on the GPU, or resident on the CPU."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

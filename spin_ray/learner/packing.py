@@ -52,9 +52,14 @@ class Packed:
 
 
 def pack(pairs: Sequence[Pair], *, share_prompt: bool) -> Packed:
-    """Lay pairs out in one row. A pair without a generated answer (SFT) has only its real branch."""
+    """Lay pairs out in one row. A pair without a generated answer (SFT) has only its real branch.
+
+    Raises ValueError for an empty prompt: nothing would predict the first token of its answers.
+    """
     ids, positions, trees, predictor, targets, answer_of, place = [], [], [], [], [], [], 0
     for index, pair in enumerate(pairs):
+        if not len(pair.prompt_ids):
+            raise ValueError(f"pair {index} (prompt_id {pair.prompt_id}) has an empty prompt; a chat template gives at least one token")
         answers = [(2 * index, pair.real_ids), (2 * index + 1, pair.generated_ids)]
         answers = [(which, tokens) for which, tokens in answers if len(tokens)]
         for branches in [answers] if share_prompt else [[answer] for answer in answers]:

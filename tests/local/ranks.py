@@ -1,9 +1,10 @@
-"""A learner's rank for test_learner.py: `python ranks.py MODEL OUT STAGE...` with RANK and WORLD_SIZE set.
+"""A learner's rank for test_learner.py: `python ranks.py MODEL OUT OPTIMIZER SETUP...` with RANK and WORLD_SIZE set.
 
-Takes three optimizer steps under every ZeRO stage, on batches whose packing is uneven, and writes rank 0's losses,
-gradient norms and weights to OUT/stage_K.pt.
+Takes three optimizer steps under every setup (a ZeRO stage, or a name of SETUPS), on batches whose packing is uneven, and writes rank 0's losses,
+gradient norms and weights to OUT/stage_SETUP.pt.
 """
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ from spin_ray.placement import Hardware
 from spin_ray.records import Pair, opponent_reference
 
 HARDWARE = Hardware("cpu", "float32", 0, 0, 1e-3, True, 1, "gloo")
+SETUPS = {
+    "offload_2": {"zero_stage": 2, "offload_optimizer": True},
+    "offload_3": {"zero_stage": 3, "offload_optimizer": True},
+    "checkpointed": {"zero_stage": 0, "activation_checkpointing": True},
+    "bfloat16": {"zero_stage": 2},
+}
 
 
 def batch(seed: int, count: int) -> list[Pair]:
@@ -35,9 +42,10 @@ def references(pairs: list[Pair]) -> np.ndarray:
     return np.array([opponent_reference(pair) for pair in pairs])
 
 
-def main(model: str, out: Path, stage: int, optimizer: str) -> None:
-    config = LearnerConfig(zero_stage=stage, optimizer=optimizer, pack_tokens=60, grad_clip=0.5)
-    player = MainPlayer(model, config, HARDWARE)
+def main(model: str, out: Path, stage: str, optimizer: str) -> None:
+    setup = SETUPS[stage] if stage in SETUPS else {"zero_stage": int(stage)}
+    config = LearnerConfig(optimizer=optimizer, pack_tokens=60, grad_clip=0.5, **setup)
+    player = MainPlayer(model, config, dataclasses.replace(HARDWARE, dtype="bfloat16" if stage == "bfloat16" else "float32"))
     player.begin_iteration()
     loss_fn, steps = functools.partial(spin_loss, beta=0.1, nll_weight=0.1), []
     player.freeze()
@@ -58,5 +66,5 @@ def main(model: str, out: Path, stage: int, optimizer: str) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     for stage in sys.argv[4:]:
-        main(sys.argv[1], Path(sys.argv[2]), int(stage), sys.argv[3])
+        main(sys.argv[1], Path(sys.argv[2]), stage, sys.argv[3])
     dist.destroy_process_group()

@@ -65,6 +65,12 @@ def test_bad_values_get_one_clear_line(minimal, override, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_offload_without_zero_is_refused(minimal):
+    load_config(minimal, ["learner.offload_optimizer=true"])
+    with pytest.raises(BadInput, match=r"needs learner.zero_stage 1, 2 or 3 \(here 0\)"):
+        load_config(minimal, ["learner.offload_optimizer=true", "learner.zero_stage=0"])
+
+
 def test_unreadable_files(tmp_path):
     with pytest.raises(BadInput, match="no such config file"):
         load_config(tmp_path / "none.yaml")

@@ -124,7 +124,7 @@ def test_head_matches_log_softmax_and_its_gradient(monkeypatch):
     torch.manual_seed(0)
     linear = torch.nn.Linear(6, 20, bias=False, dtype=torch.float64)
     hidden, targets = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randint(20, (11,))
-    assert torch.autograd.gradcheck(lambda h, w: logps._ChunkedLogps.apply(h, w, targets, 3), (hidden, linear.weight))
+    assert torch.autograd.gradcheck(lambda h, w: logps._ChunkedLogps.apply(h, w, targets, [], 3, True), (hidden, linear.weight))
     full = torch.log_softmax(linear(hidden), -1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(LogpHead(linear)(hidden, targets), full)
 
@@ -139,6 +139,60 @@ def test_plan_takes_every_pair_once_and_agrees_on_the_number(lengths, num_ranks,
         assert len(micro) <= 1 or sum(lengths[i] for i in micro) <= pack_tokens
     loads = [sum(lengths[i] for micro in rank for i in micro) for rank in plan]
     assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match=r"pair 1 .* empty prompt"):
+        pack([pair(2, 3, 4), pair(0, 3, 4)], share_prompt=True)
+
+
+@settings(deadline=None, max_examples=15)
+@given(LENGTHS, st.integers(1, 40))
+def test_property_accumulation_over_micro_batches_equals_one_batch(lengths, pack_tokens):
+    """Loss and every gradient, chunks that the backward pass computes again among them."""
+    pairs = [pair(*sizes, seed=k) for k, sizes in enumerate(lengths)]
+    policy = PolicyLogps(tiny(tied=True, implementation=attention.NAME), chunk_elements=150)
+    expected = gradients(policy, packed_sums(policy, pairs, share_prompt=False))
+    [plan] = plan_micro_batches([row_tokens(one, share_prompt=False) for one in pairs], num_ranks=1, pack_tokens=pack_tokens)
+    parts = [gradients(policy, packed_sums(policy, [pairs[i] for i in micro], share_prompt=False)) for micro in plan]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), gradient, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    pairs = [pair(5, 4, 7), pair(1, 1, 1), pair(3, 9, 2)]
+    plain, checkpointed = (PolicyLogps(tiny(tied=True, implementation=attention.NAME)) for _ in range(2))
+    checkpointed.lm.gradient_checkpointing_enable()
+    checkpointed.train()
+    expected = gradients(plain, packed_sums(plain, pairs, share_prompt=True))
+    found = gradients(checkpointed, packed_sums(checkpointed, pairs, share_prompt=True))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_survives_a_softmax_that_underflows(dtype):
+    linear = torch.nn.Linear(2, 3, bias=False, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[200.0, 0.0], [0.0, 0.0], [-200.0, 0.0]]))
+    hidden = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=dtype)
+    found = LogpHead(linear)(hidden, torch.tensor([1, 1]))
+    assert found.dtype == torch.float32 and found.tolist() == [-200.0, -200.0]
+
+
+def test_two_passes_at_once_do_not_share_a_buffer():
+    """A pass that waits for its backward keeps its buffer; a second backward through the same pass computes it again."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 20, bias=False, dtype=torch.float64)
+    head, hidden, targets = LogpHead(linear), torch.randn(11, 6, dtype=torch.float64), torch.randint(20, (11,))
+    first, second = head(hidden, targets), head(hidden + 1, targets)
+    with torch.no_grad():
+        head(hidden + 2, targets)
+    pair_of_passes = torch.autograd.grad(first.sum() + second.sum(), linear.weight, retain_graph=True)[0]
+    again = torch.autograd.grad(first.sum() + second.sum(), linear.weight)[0]
+    full = sum(torch.log_softmax(linear(h), -1).gather(1, targets[:, None]).sum() for h in (hidden, hidden + 1))
+    torch.testing.assert_close(pair_of_passes, torch.autograd.grad(full, linear.weight)[0])
+    torch.testing.assert_close(again, pair_of_passes)
 
 
 def test_sliding_window_shorter_than_a_pair_is_refused():

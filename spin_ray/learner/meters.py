@@ -1,0 +1,88 @@
+"""How much of the hardware a step uses: model FLOPs, the device's peak, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spin_ray.records import Pair
+
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "A10": 125e12,
+}
+"""Dense bfloat16 FLOP/s by a part of the GPU's name, from NVIDIA's data sheets; the first name that is found counts."""
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs of one forward and backward pass that the model's mathematics need.
+
+    A matmul with N weights costs 2 N per token forward and 4 N backward. So with `layers` the weights of all linear
+    layers below the output layer (a dense model's; every expert of a mixture would count), `head` = V × D and `width` =
+    layers × heads × head size, a step of T row tokens and A answer tokens costs
+
+        6 layers T  +  6 head A  +  12 width × (pairs of a token and a token that it attends to).
+
+    What is computed again in the backward pass does not count: this is for MFU, not hardware utilisation.
+    """
+
+    layers: int
+    head: int
+    width: int
+
+    @classmethod
+    def of(cls, lm: nn.Module) -> ModelFlops:
+        config = lm.config.get_text_config()
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers = sum(module.weight.numel() for module in lm.base_model.modules() if isinstance(module, nn.Linear))
+        return cls(layers, config.vocab_size * config.hidden_size, config.num_hidden_layers * config.num_attention_heads * head_size)
+
+    def step(self, pairs: Sequence[Pair], *, share_prompt: bool) -> float:
+        """FLOPs of training on these pairs. Worked: layers 1, head 0, width 0, pair of 4 + 3 and 5 tokens, shared: 6 × 10 = 60."""
+        total = 0
+        for pair in pairs:
+            prompt, branches = len(pair.prompt_ids), [len(a) for a in (pair.real_ids, pair.generated_ids) if len(a)]
+            prompts = 1 if share_prompt else len(branches)
+            tokens = prompts * prompt + sum(answer - 1 for answer in branches)
+            attended = prompts * prompt * (prompt + 1) / 2 + sum((n - 1) * (prompt + n / 2) for n in branches)
+            total += 6 * self.layers * tokens + 6 * self.head * sum(branches) + 12 * self.width * attended
+        return total
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU is measured against: a GPU's data sheet, or the fastest of a few matmuls on this device."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if dtype == torch.bfloat16 and (known := next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)):
+            return known
+    size = 8192 if device.type == "cuda" else 1024
+    matrix, best = torch.ones(size, size, dtype=dtype, device=device), float("inf")
+    for _ in range(6):
+        begun = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def row_use(plan: list[list[list[int]]], lengths: Sequence[int], *, pack_tokens: int) -> dict[str, Any]:
+    """How well a plan of micro-batches uses its rows: rows have no padding, but a rank without pairs computes one for nothing.
+
+    `padding_share`: tokens computed for nothing, of all tokens computed. `pack_fill`: tokens of a row over `pack_tokens`, on average.
+    """
+    rows = [[lengths[i] for i in micro] for rank in plan for micro in rank]
+    useful, wasted = sum(map(sum, rows)), min(lengths) * sum(not row for row in rows)
+    return {"padding_share": wasted / (useful + wasted), "pack_fill": useful / (pack_tokens * sum(bool(row) for row in rows))}
