@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 from spin_ray.config import Config, flatten, load_config
 from spin_ray.errors import BadInput, RunStopped
+from spin_ray.interrupt import Interrupted
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return importlib.import_module(f"spin_ray.bench.{args.name}").main(args.options)
         config, origin = load_config(args.config, args.overrides)
         args.function(config, origin)
+    except KeyboardInterrupt:
+        print("spin-ray: interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except Exception as error:
         cause = _cause(error)
+        if isinstance(cause, Interrupted):
+            print(f"spin-ray: {cause}; the same command goes on", file=sys.stderr)
+            return EXIT_INTERRUPTED
         if not isinstance(cause, (BadInput, RunStopped)):
             raise
         print(f"spin-ray: {cause}", file=sys.stderr)

@@ -219,6 +219,11 @@ class Config:
     def lr(self, iteration: int) -> float:
         return _one_of(self.spin.lr, iteration)
 
+    def num_steps(self, num_pairs: int, num_epochs: int) -> int:
+        """Optimizer steps on so many pairs: every epoch ends with a batch of its own, however small."""
+        steps = num_epochs * -(-num_pairs // self.learner.batch_pairs)
+        return min(steps, self.run.max_steps or steps)
+
 
 CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ from spin_ray.config import Config, differences, to_json
 from spin_ray.errors import BadInput
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
+
+_MARKING = threading.Lock()
+"""Threads of one process mark stages side by side; `RunDir.locked` keeps other processes out."""
 
 
 class RunDir:
@@ -98,10 +103,25 @@ class RunDir:
         """The main player in the middle of an iteration."""
         return self.iteration(iteration) / "progress"
 
+    def mark_checksums(self, iteration: int) -> None:
+        """Remember what the files of an iteration's model contain."""
+        self.mark("checksums", iteration=iteration, sha256=checksums(self.model(iteration)))
+
+    def check_model(self, iteration: int) -> None:
+        """Raise BadInput, naming the file, if a model's file is not what it was when the run wrote it."""
+        known = [mark["sha256"] for mark in self.marks("checksums") if mark["iteration"] == iteration]
+        found = checksums(self.model(iteration)) if known else {}
+        for name, value in (known[-1] if known else {}).items():
+            if found.get(name) != value:
+                raise BadInput(
+                    f"{self.model(iteration) / name}: missing or damaged since this run wrote it (sha256 {found.get(name)}, "
+                    f"was {value}); put the file back, or start a new run"
+                )
+
     def mark(self, stage: str, **facts: Any) -> None:
         """Append one line to the manifest, whole and on disk when this returns."""
         line = json.dumps({"stage": stage, **facts}) + "\n"
-        with readable_disk_errors(self.path), (self.path / "manifest.jsonl").open("a+b") as manifest:
+        with _MARKING, readable_disk_errors(self.path), (self.path / "manifest.jsonl").open("a+b") as manifest:
             manifest.seek(0)
             manifest.truncate(manifest.read().rfind(b"\n") + 1)  # a line that a crash cut short
             manifest.write(line.encode())
@@ -114,6 +134,15 @@ class RunDir:
         lines = manifest.read_text().splitlines(keepends=True) if manifest.exists() else []
         entries = [json.loads(line) for line in lines if line.endswith("\n")]
         return [entry for entry in entries if entry["stage"] == stage]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder."""
+    found = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 @contextmanager

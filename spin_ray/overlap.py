@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spin_ray.config import Config
 from spin_ray.records import Version
@@ -40,6 +40,8 @@ class BlockSpec:
     """Pairs in the block."""
     version: Version
     """Who plays it."""
+    place: int = 0
+    """Place in the iteration's order of training."""
 
 
 class Overlap:
@@ -58,13 +60,12 @@ class Overlap:
         versions = [early[1] if early and index < ahead else Version(t) for index in range(len(self._sizes))]
         new = [BlockSpec(t, "block", index, size, versions[index]) for index, size in enumerate(self._sizes)]
         replay = [BlockSpec(t, "replay", index, size, Version(t)) for index, size in enumerate(self._sizes)]
-        return new[:ahead] + (replay if self._config.spin.replay and t > 0 else []) + new[ahead:]
+        order = new[:ahead] + (replay if self._config.spin.replay and t > 0 else []) + new[ahead:]
+        return [replace(block, place=place) for place, block in enumerate(order)]
 
     def num_steps(self, t: int) -> int:
-        """Optimizer steps of iteration t: every epoch ends with a batch of its own, however small."""
-        pairs = sum(self._sizes) * (2 if self._config.spin.replay and t > 0 else 1)
-        steps = self._config.spin.num_epochs * -(-pairs // self._config.learner.batch_pairs)
-        return min(steps, self._config.run.max_steps or steps)
+        """Optimizer steps of iteration t."""
+        return self._config.num_steps(sum(self._sizes) * (2 if self._config.spin.replay and t > 0 else 1), self._config.spin.num_epochs)
 
     def snapshot(self, t: int) -> tuple[int, Version] | None:
         """(optimizer steps taken, version) of the snapshot in iteration t that plays ahead into t + 1; None: there is none.

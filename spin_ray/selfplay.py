@@ -36,9 +36,10 @@ from spin_ray.errors import BadInput
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.pairs import PlayPlan, play, write_prompts, write_table
+from spin_ray.interrupt import Interrupts
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.loop import Publish, Save, Score, StepRecord, Train, TrainReport
+from spin_ray.learner.messages import Publish, Save, Score, StepRecord, Train, TrainReport
 from spin_ray.losses import LOSS_AT_ZERO, spin_loss
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
@@ -72,11 +73,13 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
     max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens, facts)
     with ExitStack() as stack:
         hardware = stack.enter_context(ray_cluster(config))
+        interrupts = Interrupts()
+        interrupts.listen()
         blocks = len(prepared.block_sizes)
         terminal.say(f"{run.path}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
         players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len))
         with Tracker(config, run.path) as tracker, terminal:
-            SelfPlay(config, run, facts, prepared, hardware, players, tracker, terminal).play()
+            SelfPlay(config, run, facts, prepared, hardware, players, tracker, terminal, interrupts).play()
     terminal.say(f"finished: the model is {last_model}")
 
 
@@ -123,6 +126,8 @@ def start_players(
 ) -> Iterator[Players]:
     """Start opponent and main player side by side from the newest finished version."""
     version = len(run.marks("iteration"))
+    if version:
+        run.check_model(version - 1)
     model_path = str(run.model(version - 1)) if version else facts.path
     # In float32 the exported model is exact; a bfloat16 one lacks its float32 masters.
     checkpoint = run.checkpoint(version - 1) if version and hardware.dtype == "bfloat16" else None
@@ -143,8 +148,9 @@ class SelfPlay:
 
     def __init__(
         self, config: Config, run: RunDir, facts: ModelFacts, prepared: Prepared, hardware: Hardware, players: Players,
-        tracker: Tracker, terminal: Terminal,
+        tracker: Tracker, terminal: Terminal, interrupts: Interrupts,
     ):
+        self._interrupts = interrupts
         self._config, self._run, self._facts, self._prepared, self._hardware = config, run, facts, prepared, hardware
         self._pool, self._learner = players.pool, players.learner
         self._tracker, self._terminal = tracker, terminal
@@ -169,9 +175,10 @@ class SelfPlay:
             self._audit(Version(self._first), probe)
             beside += self._release(self._first, {})
             for t in range(self._first, self._last):
-                report = follow(self._learner, training, self._note)
+                report = follow(self._learner, training, self._note, self._interrupts)
                 training = self._become_opponent(t + 1, report)
                 beside += self._release(t + 1, self._trained(t, report))
+                beside.append(self._beside(self._run.mark_checksums, t))
             for thread in beside:
                 thread.result()
         finally:
@@ -194,13 +201,12 @@ class SelfPlay:
         blocks = [block for t in range(self._first, self._last) for block in self._overlap.blocks(t)]
         for block, table in play(plan, blocks, self._hardware.blocks_in_flight):
             count = self._count(block.iteration)
-            ray.get(self._learner.coordinator.put_block.remote(block.iteration, count.blocks, [ray.put(table)]))
+            ray.get(self._learner.coordinator.put_block.remote(block.iteration, block.place, [ray.put(table)]))
             self._overlap.block_played(block)
             self._note_played(block, table, count)
 
     def _note_played(self, block: BlockSpec, table: pa.Table, count: _Play) -> None:
         t = block.iteration
-        count.blocks += 1
         count.pairs += len(table)
         count.drawn += 0 if block.kind == "replay" else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
         seconds = time.monotonic() - count.begun
@@ -219,8 +225,9 @@ class SelfPlay:
         config, spin, overlap = self._config, self._config.spin, self._overlap
         return self._learner.post(Train(
             iteration=t, block_sizes=tuple(block.size for block in overlap.blocks(t)), num_epochs=spin.num_epochs,
+            num_steps=overlap.num_steps(t),
             loss_fn=functools.partial(spin_loss, beta=config.beta(t), loss=spin.loss, nll_weight=spin.nll_weight),
-            normalizer=len, lr=config.lr(t), max_steps=config.run.max_steps, scorer=config.reference.scorer,
+            normalizer=len, lr=config.lr(t), scorer=config.reference.scorer,
             wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t), progress_path=str(self._run.progress(t)),
         ))
 
@@ -382,7 +389,6 @@ class _Play:
 
     total: int
     pairs: int = 0
-    blocks: int = 0
     drawn: int = 0
     """Tokens sampled."""
     begun: float = field(default_factory=time.monotonic)

@@ -11,8 +11,9 @@ import ray
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import counted, load_prompts
+from spin_ray.interrupt import Interrupts
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.loop import Save, StepRecord, Train
+from spin_ray.learner.messages import Save, StepRecord, Train
 from spin_ray.losses import sft_loss
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.model import inspect_model, longest_sequence
@@ -37,17 +38,20 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     prompts, counts = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
     longest_sequence(prompts, 0, facts)
     terminal.say(counted(config.data.train, counts))
+    interrupts = Interrupts()
     with ray_cluster(config, samplers=False) as hardware:
+        interrupts.listen()
         learner = Learner(config, hardware, model_path=facts.path, logs=run.logs)
         tracker = Tracker(config, run.path)
         ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(to_table([real_only(prompt, 0) for prompt in prompts], PAIR_SCHEMA))]))
         begun = time.monotonic()
         with tracker, terminal:
             number = learner.post(Train(
-                iteration=0, block_sizes=(len(prompts),), num_epochs=config.sft.num_epochs, loss_fn=sft_loss, normalizer=num_real_tokens,
-                lr=config.sft.lr, max_steps=config.run.max_steps,
+                iteration=0, block_sizes=(len(prompts),), num_epochs=config.sft.num_epochs,
+                num_steps=config.num_steps(len(prompts), config.sft.num_epochs), loss_fn=sft_loss, normalizer=num_real_tokens,
+                lr=config.sft.lr,
             ))
-            follow(learner, number, functools.partial(_note_step, tracker, terminal))
+            follow(learner, number, functools.partial(_note_step, tracker, terminal), interrupts)
             with readable_disk_errors(run.path), written_whole(run.path / "model") as model:
                 learner.run(Save(str(model)))
         learner.stop()

@@ -24,6 +24,7 @@ from spin_ray.bench.common import print_result
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config, load_config
 from spin_ray.exchange.pairs import write_prompts
+from spin_ray.interrupt import Interrupts
 from spin_ray.learner.fake import make_fake_player
 from spin_ray.learner.group import Learner
 from spin_ray.manifest import RunDir
@@ -117,5 +118,5 @@ def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_
     pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs))
     learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=functools.partial(make_fake_player, pairs_per_s=rates))
     with Tracker(config, run.path) as tracker, open(os.devnull, "w") as nowhere:
-        SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), tracker, Terminal(nowhere)).play()
+        SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), tracker, Terminal(nowhere), Interrupts()).play()
     learner.stop()

@@ -21,7 +21,7 @@ from spin_ray.chatter import captured_output
 from spin_ray.config import load_config
 from spin_ray.demo import resolve
 from spin_ray.learner.group import Learner
-from spin_ray.learner.loop import Publish
+from spin_ray.learner.messages import Publish
 from spin_ray.manifest import RunDir
 from spin_ray.placement import Hardware
 from spin_ray.records import Version

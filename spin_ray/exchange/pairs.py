@@ -12,6 +12,7 @@ way the batches depend on the number of workers. Pairs are token ids: all of an 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,12 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from spin_ray.errors import BadInput
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.overlap import BlockSpec
 from spin_ray.placement import PLAY_TASK_CPUS, play_processes
 from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, SamplingSettings, from_table, to_table
+from spin_ray.sampler.pool import PLAY
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,28 @@ def write_prompts(run: RunDir, prompts: Sequence[Prompt], block_prompts: int) ->
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file that is either not there or whole. Raises BadInput naming the file if the disk is full."""
     with readable_disk_errors(path), written_whole(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
+
+
+def read_pairs(path: Path) -> pa.Table:
+    """The pairs of a block. Raises BadInput naming the file if its bytes are not those that were written."""
+    try:
+        return pq.read_table(path, schema=PAIR_SCHEMA, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(
+            f"{path}: this block of pairs is damaged ({str(error).splitlines()[0]}); "
+            "one of the present iteration is played again by itself, one of an earlier iteration must be put back"
+        ) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a block can be read; one that a disk has damaged is played again."""
+    try:
+        read_pairs(path)
+    except BadInput as error:
+        logging.getLogger(__name__).warning("%s", error)
+        return False
+    return True
 
 
 def play(plan: PlayPlan, blocks: Sequence[BlockSpec], num_in_flight: int) -> Iterator[tuple[BlockSpec, pa.Table]]:
@@ -84,21 +108,21 @@ class PlayBlock:
     def __call__(self, row: dict[str, np.ndarray]) -> pa.Table:
         plan, block = self._plan, self._blocks[int(row["place"][0])]
         path = plan.run.pairs(block.iteration, block.kind, block.index)
-        if not path.exists():
+        if not (path.exists() and is_whole(path)):
             ray.get(plan.pool.released.remote(block.version))  # a replayed block's pairs are all on disk by then
             pairs = {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block)
             write_table(path, to_table(pairs, PAIR_SCHEMA))
-        return pq.read_table(path, schema=PAIR_SCHEMA)
+        return read_pairs(path)
 
 
 def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and the real one."""
     prompts: list[Prompt] = from_table(pq.read_table(plan.run.prompts(block.index)), Prompt)
     questions, answers = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
-    drawn = plan.pool.sample.remote(block.version, questions, plan.settings)
+    drawn = plan.pool.sample.remote(block.version, questions, plan.settings, PLAY, block.place)
     if not plan.score:
         return [_pair(block, p, c, _NOT_SCORED, _NOT_SCORED) for p, c in zip(prompts, ray.get(drawn), strict=True)]
-    completions, real_logps = ray.get([drawn, plan.pool.score.remote(block.version, questions, answers)])
+    completions, real_logps = ray.get([drawn, plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)])
     return [_pair(block, p, c, real, c.logps) for p, c, real in zip(prompts, completions, real_logps, strict=True)]
 
 
@@ -116,12 +140,12 @@ def _pair(block: BlockSpec, prompt: Prompt, completion: Completion, real_logps: 
 def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """The pairs of iteration t - 1 with the present opponent's log-probs, by two prefills each."""
     path = plan.run.pairs(block.iteration - 1, "block", block.index)
-    pairs: list[Pair] = from_table(pq.read_table(path, schema=PAIR_SCHEMA), Pair)
+    pairs: list[Pair] = from_table(read_pairs(path), Pair)
     questions = [pair.prompt_ids for pair in pairs]
     scores: list[Sequence[np.ndarray]] = [[_NOT_SCORED] * len(pairs)] * 2
     if plan.score:
-        real = plan.pool.score.remote(block.version, questions, [pair.real_ids for pair in pairs])
-        generated = plan.pool.score.remote(block.version, questions, [pair.generated_ids for pair in pairs])
+        real = plan.pool.score.remote(block.version, questions, [pair.real_ids for pair in pairs], PLAY, block.place)
+        generated = plan.pool.score.remote(block.version, questions, [pair.generated_ids for pair in pairs], PLAY, block.place)
         scores = ray.get([real, generated])
     return [
         replace(

@@ -23,6 +23,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -47,6 +49,7 @@ class Coordinator:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._group = 0
+        self._interrupted = False
         self._commands: list[Any] = []
         self._results: dict[Hashable, Any] = {}
         self._blocks: dict[tuple[int, int], Any] = {}
@@ -105,9 +108,14 @@ class Coordinator:
         """The block at this place of the iteration, once it is finished."""
         return await self._wait(lambda: (iteration, index) in self._blocks, lambda: self._blocks[iteration, index])
 
-    async def log(self, record: Any) -> None:
-        """Pass a StepRecord or a Span on to the driver."""
+    async def log(self, record: Any) -> bool:
+        """Pass a StepRecord or a Span on to the driver; returns whether the driver wants the training to end."""
         self._records.append(record)
+        return self._interrupted
+
+    async def interrupt(self) -> None:
+        """Ask the training under way to save its progress and end."""
+        self._interrupted = True
 
     async def drain(self) -> list[Any]:
         """Records since the last call, in order."""
@@ -124,3 +132,15 @@ class Coordinator:
         async with self._changed:
             await self._changed.wait_for(lambda: self._failure is not None or ready())
             return take() if ready() else self._failure
+
+
+class DriverFailed(Exception):
+    """The other side has failed; it knows why."""
+
+
+def unwrapped(reference: Any) -> Any:
+    """What a worker asked the coordinator for. Raises DriverFailed if it got a Failure instead."""
+    value = ray.get(reference)
+    if isinstance(value, Failure):
+        raise DriverFailed
+    return value

@@ -86,6 +86,12 @@ class MainPlayer:
     def wait_for_all_ranks(self) -> None:
         dist.barrier()
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; a collective."""
+        found = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found.item())
+
     def begin_iteration(self) -> None:
         """Forget the optimizer's moments: as in the paper, every iteration is a fresh fine-tuning from theta_t."""
         optimizer = self._engine.optimizer

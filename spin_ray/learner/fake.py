@@ -38,6 +38,9 @@ class FakePlayer:
     def wait_for_all_ranks(self) -> None:
         dist.barrier()
 
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
     def begin_iteration(self) -> None:
         self._rate = next(self._rates)
         self._due = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -14,8 +15,10 @@ import ray.train.torch
 
 from spin_ray.background import in_background
 from spin_ray.config import Config
+from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base, Coordinator, Failure
-from spin_ray.learner.loop import Stop, TrainReport, WorkerArgs, make_main_player, run_worker
+from spin_ray.learner.loop import WorkerArgs, make_main_player, run_worker
+from spin_ray.learner.messages import Stop, TrainReport
 from spin_ray.placement import Hardware
 
 
@@ -99,13 +102,26 @@ class Learner:
                 self.fail(error)
 
 
-def follow(learner: Learner, number: int, note: Callable[[Any], None]) -> TrainReport:
-    """Wait for a Train command, passing its StepRecords and the workers' Spans on as they come."""
-    waiting = in_background(learner.result, number)
-    while True:
-        finished = waiting.done()
-        for record in learner.drain():
-            note(record)
-        if finished:
-            return waiting.result()
-        time.sleep(0.2)
+INTERRUPT_PATIENCE_S = 60.0
+"""How long an interrupted training may take for its step and its progress; one that waits for the opponent has none to save."""
+
+
+def follow(learner: Learner, number: int, note: Callable[[Any], None], interrupts: Interrupts) -> TrainReport:
+    """Wait for a Train command, passing its StepRecords and the workers' Spans on as they come.
+
+    Raises Interrupted, after the workers have saved their progress, if the user asked for it meanwhile.
+    """
+    waiting, patience_ends = in_background(learner.result, number), math.inf
+    with interrupts.graceful():
+        while True:
+            finished = waiting.done()
+            for record in learner.drain():
+                note(record)
+            if finished:
+                return waiting.result()
+            if interrupts.requested and patience_ends == math.inf:
+                ray.get(learner.coordinator.interrupt.remote())
+                patience_ends = time.monotonic() + INTERRUPT_PATIENCE_S
+            if time.monotonic() > patience_ends:
+                raise Interrupted("interrupted while the main player waited")
+            time.sleep(0.2)

@@ -18,16 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 from spin_ray.chatter import redirect_output
 from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput, Diverged, RunStopped
-from spin_ray.learner.coordinator import Base, Failure
+from spin_ray.interrupt import Interrupted
+from spin_ray.learner.batches import BlockFeed, batches, learning_rate
+from spin_ray.learner.coordinator import Base, DriverFailed, Failure, unwrapped
+from spin_ray.learner.messages import Count, Publish, Save, Score, StepRecord, Stop, Train, TrainReport
 from spin_ray.manifest import readable_disk_errors
 from spin_ray.placement import Hardware
-from spin_ray.records import Pair, PublishedWeights, Span, Version, from_table, opponent_reference
+from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
+
+Example = tuple[Pair, np.ndarray]
+"""A pair with its references: log p of the real and of the generated answer under theta_t, [2] float64, summed, in nats."""
 
 
 @dataclass(frozen=True)
@@ -42,97 +47,6 @@ class WorkerArgs:
     log_dir: str
     make_player: Callable[[WorkerArgs, Base], Any]
     """Makes the worker's main player; not the real one only in measurements of what is around it."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train on an iteration's pairs; answers with a `TrainReport`."""
-
-    iteration: int
-    block_sizes: tuple[int, ...]
-    """Pairs in each block, in the order in which the first epoch reads them."""
-    num_epochs: int
-    loss_fn: Any
-    """(PairLogps) -> (loss [num_pairs], metrics)."""
-    normalizer: Callable[[list[Pair]], float]
-    """What a batch's summed loss is divided by: the number of its pairs, or of its tokens."""
-    lr: float
-    """Peak learning rate."""
-    max_steps: int = 0
-    """Stop after this many optimizer steps; 0: no limit."""
-    scorer: str = "opponent"
-    """Where the references come from: `reference.scorer`."""
-    wait_for_all: bool = False
-    """Start when all blocks are there (`sequential`)."""
-    snapshot: tuple[int, Version] | None = None
-    """Publish the weights under this version after so many steps, for the opponent to play ahead with."""
-    progress_path: str | None = None
-    """Where `checkpoint_every_steps` puts the main player in the middle of the iteration, and where it is taken up."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What the driver hears of each optimizer step."""
-
-    iteration: int
-    step: int
-    total_steps: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Count:
-    """What an iteration's training has done so far."""
-
-    steps: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    first_loss: float = float("nan")
-
-    def after(self, metrics: dict[str, float], num_pairs: int) -> Count:
-        first = self.first_loss if self.steps else metrics.get("spin_loss", metrics["loss"])
-        return Count(self.steps + 1, self.pairs + num_pairs, self.tokens + int(metrics["num_tokens"]), first)
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    num_steps: int
-    num_pairs: int
-    """Pairs trained on, epochs counted in."""
-    num_tokens: int
-    wall_s: float
-    waited_s: float
-    """Of wall_s, time without a finished block to train on."""
-    first_loss: float
-    """Mean l(z) of the first batch, before any step."""
-    peak_memory_gib: float
-
-
-@dataclass(frozen=True)
-class Score:
-    """Compute the log-probs of the answers of these pairs; answers with two arrays per pair."""
-
-    pairs: tuple[Pair, ...]
-
-
-@dataclass(frozen=True)
-class Publish:
-    """Put the weights into the object store; answers with PublishedWeights."""
-
-    version: Version
-
-
-@dataclass(frozen=True)
-class Save:
-    """Write the HF folder and, if it has a path, the DeepSpeed checkpoint; the caller gives temporary names."""
-
-    model_path: str
-    checkpoint_path: str | None = None
-
-
-@dataclass(frozen=True)
-class Stop:
-    pass
 
 
 def make_main_player(args: WorkerArgs, base: Base) -> Any:
@@ -165,7 +79,7 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
     base = _join(args.coordinator)
     try:
         worker, number = Worker(args.make_player(args, base), args), base.first_command
-        while not isinstance(command := _get(args.coordinator.command.remote(number)), Stop):
+        while not isinstance(command := unwrapped(args.coordinator.command.remote(number)), Stop):
             result = worker.carry_out(command)
             worker.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
             worker.answer(number, result)
@@ -174,10 +88,6 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
         ray.get(args.coordinator.fail.remote(Failure(error)))
     except DriverFailed:
         return
-
-
-class DriverFailed(Exception):
-    """The other side has failed; it knows why."""
 
 
 def _join(coordinator: Any) -> Base:
@@ -189,13 +99,6 @@ def _join(coordinator: Any) -> Base:
     return base[0]
 
 
-def _get(reference: Any) -> Any:
-    value = ray.get(reference)
-    if isinstance(value, Failure):
-        raise DriverFailed
-    return value
-
-
 class Worker:
     """Carries out commands with a MainPlayer."""
 
@@ -204,6 +107,7 @@ class Worker:
         self._coordinator = args.coordinator
         self._iteration = 0
         self._logged: list[Any] = []
+        self._interrupted = False
 
     def carry_out(self, command: Any) -> Any:
         match command:
@@ -230,7 +134,7 @@ class Worker:
         feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span)
         blocks = self._scored(list(feed) if command.wait_for_all else feed, command.scorer)
         count = self._take_up(command)
-        total_steps = num_steps(command, config.batch_pairs)
+        total_steps = command.num_steps
         metrics: dict[str, float] = {}
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
             if step == total_steps:
@@ -250,8 +154,12 @@ class Worker:
                 **metrics, **staleness(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
                 "tokens_per_s": metrics["num_tokens"] / seconds, "waited_s": feed.waited_s,
             }))
-            if config.checkpoint_every_steps and count.steps % config.checkpoint_every_steps == 0 and count.steps < total_steps:
+            interrupted = self._player.any_rank(self._interrupted)
+            due = config.checkpoint_every_steps and count.steps % config.checkpoint_every_steps == 0
+            if command.progress_path and count.steps < total_steps and (due or interrupted):
                 self._save_progress(command, count)
+            if interrupted:
+                raise Interrupted(f"interrupted after step {step + 1} of {total_steps} of iteration {command.iteration}")
         feed.close()
         return TrainReport(
             count.steps, count.pairs, count.tokens, time.perf_counter() - started, feed.waited_s, count.first_loss,
@@ -303,7 +211,7 @@ class Worker:
     def _log(self, record: Any) -> None:
         if self._player.rank == 0:
             logged, self._logged = self._logged, [self._coordinator.log.remote(record)]
-            ray.get(logged)  # of the last record: it has long arrived, so that no step waits for it
+            self._interrupted |= any(ray.get(logged))  # the last record's answer: it has long arrived, so that no step waits for it
 
     def _log_span(self, activity: str, begin: float, end: float) -> None:
         self._log(Span("main player", activity, self._iteration, begin, end))
@@ -338,10 +246,6 @@ class Worker:
                 self._player.save_checkpoint(Path(command.checkpoint_path))
 
 
-Example = tuple[Pair, np.ndarray]
-"""A pair with its references: log p of the real and of the generated answer under theta_t, [2] float64, summed, in nats."""
-
-
 def check_numbers(metrics: dict[str, float], iteration: int, step: int, lr: float, log_dir: str) -> None:
     """Raise Diverged at the first loss or gradient that is not a number: no later step could mend the weights."""
     for name in ("loss", "grad_norm"):
@@ -356,76 +260,3 @@ def staleness(pairs: Sequence[Pair]) -> dict[str, float]:
     """Share of a batch's pairs whose references are a snapshot's, and by how many optimizer steps at most."""
     early = [pair.scored_steps_early for pair in pairs]
     return {"stale_share": float(np.mean(np.array(early) > 0)), "max_staleness_steps": float(max(early))}
-
-
-class BlockFeed:
-    """An iteration's blocks in order, asked for one ahead; knows how long it had to wait for them.
-
-    `log_span(activity, begin, end)` hears of the stretches of training between two waits.
-    """
-
-    def __init__(self, coordinator: Any, iteration: int, num_blocks: int, log_span: Callable[[str, float, float], None]):
-        self._coordinator, self._iteration, self._num_blocks, self._log_span = coordinator, iteration, num_blocks, log_span
-        self.waited_s = 0.0
-        self._busy_since = time.time()
-
-    def __iter__(self) -> Iterator[list[Pair]]:
-        asked = [self._ask(0)]
-        for index in range(self._num_blocks):
-            if index + 1 < self._num_blocks:
-                asked.append(self._ask(index + 1))
-            begun = time.time()
-            table: pa.Table = ray.get(_get(asked.pop(0))[0])
-            arrived = time.time()
-            self.waited_s += arrived - begun
-            if arrived - begun > NOTICEABLE_WAIT_S:
-                self._log_span("train", self._busy_since, begun)
-                self._busy_since = arrived
-            yield from_table(table, Pair)
-
-    def close(self) -> None:
-        """Report the last stretch."""
-        self._log_span("train", self._busy_since, time.time())
-
-    def _ask(self, index: int) -> Any:
-        return self._coordinator.block.remote(self._iteration, index)
-
-
-NOTICEABLE_WAIT_S = 0.05
-
-
-def num_steps(command: Train, batch_pairs: int) -> int:
-    """Optimizer steps of an iteration: every epoch ends with a batch of its own, however small."""
-    steps = command.num_epochs * -(-sum(command.block_sizes) // batch_pairs)
-    return min(steps, command.max_steps or steps)
-
-
-def batches(blocks: Iterable[list[Any]], command: Train, *, batch_pairs: int, seed: int) -> Iterator[list[Any]]:
-    """Global batches of all epochs, the same on every rank.
-
-    Epoch 0 takes the pairs as their blocks come in, later epochs in seeded random order. Every pair comes once per epoch;
-    the last batch of an epoch may be smaller.
-    """
-    pairs: list[Any] = []
-    taken = 0
-    for block in blocks:
-        pairs += block
-        while len(pairs) - taken >= batch_pairs:
-            yield pairs[taken : taken + batch_pairs]
-            taken += batch_pairs
-    if len(pairs) != sum(command.block_sizes):
-        raise RuntimeError(f"iteration {command.iteration} has {len(pairs)} pairs, expected {sum(command.block_sizes)}")
-    if taken < len(pairs):
-        yield pairs[taken:]
-    for epoch in range(1, command.num_epochs):
-        order = np.random.default_rng([seed, command.iteration, epoch]).permutation(len(pairs))
-        for start in range(0, len(order), batch_pairs):
-            yield [pairs[i] for i in order[start : start + batch_pairs]]
-
-
-def learning_rate(step: int, total_steps: int, *, peak: float, warmup_fraction: float) -> float:
-    """Linear warm-up, then linear decay to 0, as in the paper's recipe. Never 0: the first step already moves."""
-    warmup = round(warmup_fraction * total_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (total_steps - step) / (total_steps - warmup)

@@ -12,7 +12,8 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 
 A replica that dies, whose engine fails, or that owes an answer for too long is started anew by Ray and brought to the
 present weights; what it owed goes to whoever is free first. Requests are answered in the order of their `urgency`, then of
-their arrival; a request of an earlier version is refused.
+their `order` (a block's place in training: the one that the learner waits for goes first), then of their arrival; a request
+of an earlier version is refused.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ class _Work:
     """Some prompts of one request, for one replica."""
 
     version: Version
-    urgency: int
+    rank: tuple[int, int]
+    """(urgency, order): what is smaller goes first."""
     size: int
     call: Callable[[Any], Any]
     """(sampler handle) -> reference to the list of answers."""
@@ -135,8 +137,8 @@ class SamplerPool:
         self._version = version
         self._released = False
         self._weights: PublishedWeights | None = None
-        self._waiting: list[tuple[int, int, _Work]] = []
-        """A heap of (urgency, arrival, work)."""
+        self._waiting: list[tuple[tuple[int, int], int, _Work]] = []
+        """A heap of (rank, arrival, work)."""
         self._arrivals = itertools.count()
         self._changed = asyncio.Condition()
         self._error: BaseException | None = None
@@ -154,16 +156,18 @@ class SamplerPool:
         return sum(replica.joined for replica in self._replicas)
 
     async def sample(
-        self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings, urgency: int = PLAY
+        self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings, urgency: int = PLAY, order: int = 0
     ) -> list[Completion]:
         """One answer per prompt, in the prompts' order."""
-        return await self._ask(version, urgency, len(prompts), lambda part: lambda s: s.sample.remote(version, prompts[part], settings))
+        rank = urgency, order
+        return await self._ask(version, rank, len(prompts), lambda part: lambda s: s.sample.remote(version, prompts[part], settings))
 
     async def score(
-        self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], urgency: int = PLAY
+        self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], urgency: int = PLAY, order: int = 0
     ) -> list[np.ndarray]:
         """Log-probs of each given answer, [num_answer_tokens], in nats."""
-        return await self._ask(version, urgency, len(prompts), lambda part: lambda s: s.score.remote(version, prompts[part], answers[part]))
+        rank = urgency, order
+        return await self._ask(version, rank, len(prompts), lambda part: lambda s: s.score.remote(version, prompts[part], answers[part]))
 
     async def load(self, weights: PublishedWeights) -> list[float]:
         """Once the present version owes no answer, every replica loads the new one; returns each one's seconds."""
@@ -197,13 +201,15 @@ class SamplerPool:
         spans, self._spans = list(self._spans), deque()
         return spans
 
-    async def _ask(self, version: Version, urgency: int, count: int, call_of: Callable[[slice], Callable[[Any], Any]]) -> list[Any]:
+    async def _ask(
+        self, version: Version, rank: tuple[int, int], count: int, call_of: Callable[[slice], Callable[[Any], Any]]
+    ) -> list[Any]:
         parts = [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
         works = [
-            _Work(version, urgency, part.stop - part.start, call_of(part), asyncio.get_running_loop().create_future()) for part in parts
+            _Work(version, rank, part.stop - part.start, call_of(part), asyncio.get_running_loop().create_future()) for part in parts
         ]
         for work in works:
-            heapq.heappush(self._waiting, (urgency, next(self._arrivals), work))
+            heapq.heappush(self._waiting, (rank, next(self._arrivals), work))
         self._dispatch()
         return [answer for work in works for answer in await work.answers]
 
@@ -229,7 +235,7 @@ class SamplerPool:
             heapq.heappush(self._waiting, entry)
 
     def _may_answer(self, work: _Work) -> bool:
-        return work.version == self._version and (self._released or work.urgency == AUDIT)
+        return work.version == self._version and (self._released or work.rank[0] == AUDIT)
 
     def _least_loaded(self) -> _Replica | None:
         free = [r for r in self._replicas if r.joined and r.version == self._version and r.outstanding < self._limits.room + CHUNK]
@@ -240,12 +246,12 @@ class SamplerPool:
         try:
             work.answers.set_result(await asyncio.wait_for(_done(work.call(replica.handle)), self._limits.request_timeout_s))
         except BROKEN as error:
-            heapq.heappush(self._waiting, (work.urgency, next(self._arrivals), work))
+            heapq.heappush(self._waiting, (work.rank, next(self._arrivals), work))
             self._start_anew(replica, life, error)
         except Exception as error:  # the request's own fault; it reaches whoever asked
             work.answers.set_exception(error)
         replica.outstanding -= work.size
-        self._spans.append(Span(replica.name, _ACTIVITY[work.urgency], work.version.number, begin, time.time()))
+        self._spans.append(Span(replica.name, _ACTIVITY[work.rank[0]], work.version.number, begin, time.time()))
         await self._note_change()
 
     def _start_anew(self, replica: _Replica, life: int, error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -82,3 +83,23 @@ def test_sampler_and_learner_die_and_the_run_ends_as_if_nothing_had_happened(und
     for name, weight in load_file(undisturbed / "iter_001/model/model.safetensors").items():
         assert (weight - theirs[name]).abs().mean() < 1e-5, name
     assert not list(run.rglob("progress")) and not list(run.rglob(".*.tmp"))
+
+
+def test_interrupted_run_saves_its_progress_leaves_nothing_behind_and_goes_on(undisturbed):
+    run = undisturbed.parent / "interrupted"
+    process = start(run.parent, run.name)
+    wait_for(lambda: len(steps(run, 0)) > 6, "some steps of iteration 0")
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "of iteration 0; the same command goes on" in output
+    psutil.wait_procs(family, timeout=30)
+    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    assert (run / "iter_000/progress/count.json").is_file()
+    done, interrupted_at = steps(run, 0), json.loads((run / "iter_000/progress/count.json").read_text())["steps"]
+    assert done == list(range(interrupted_at))
+    assert start(run.parent, run.name).wait(timeout=400) == 0
+    assert steps(run, 0) == list(range(40)) and steps(run, 1) == list(range(80))  # no step twice
+    theirs = load_file(run / "iter_001/model/model.safetensors")
+    for name, weight in load_file(undisturbed / "iter_001/model/model.safetensors").items():
+        assert (weight - theirs[name]).abs().mean() < 1e-5, name

@@ -142,7 +142,7 @@ def test_written_whole_or_not_at_all(tmp_path):
 
 
 def test_full_disk_names_the_file_and_leaves_nothing(tmp_path, make_pairs, monkeypatch):
-    def full(table, path):
+    def full(table, path, **_):
         path.write_bytes(b"PAR1")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -179,3 +179,32 @@ def test_versions_are_ordered_as_the_main_player_reaches_them():
 def test_saved_config_is_plain_json(tmp_path):
     run = RunDir.open(config(tmp_path), "run")
     assert json.loads((run.path / "config.json").read_text())["spin"]["beta"] == 0.1
+
+
+def test_a_damaged_block_is_noticed_and_named(tmp_path, make_pairs):
+    path = tmp_path / "block.parquet"
+    exchange.write_table(path, to_table(make_pairs(50), PAIR_SCHEMA))
+    assert exchange.is_whole(path) and len(exchange.read_pairs(path)) == 50
+    whole = path.read_bytes()
+    for place in range(8, len(whole) // 2, 97):  # a flipped bit anywhere in the data
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        if not exchange.is_whole(path):
+            break
+    else:
+        pytest.fail("no flipped bit was noticed")
+    path.write_bytes(whole[: len(whole) // 2])
+    assert not exchange.is_whole(path)
+    with pytest.raises(BadInput, match=r"block\.parquet: this block of pairs is damaged"):
+        exchange.read_pairs(path)
+
+
+def test_a_damaged_model_is_never_loaded(tmp_path):
+    run = RunDir.open(config(tmp_path), "run")
+    run.model(0).mkdir(parents=True)
+    (run.model(0) / "model.safetensors").write_bytes(b"weights")
+    run.check_model(0)  # a run that was cut off before its checksums were known
+    run.mark_checksums(0)
+    run.check_model(0)
+    (run.model(0) / "model.safetensors").write_bytes(b"weightz")
+    with pytest.raises(BadInput, match=r"iter_000/model/model\.safetensors: missing or damaged"):
+        run.check_model(0)

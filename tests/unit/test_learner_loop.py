@@ -9,18 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from spin_ray.config import Config, LearnerConfig, RunConfig
 from spin_ray.errors import Diverged
+from spin_ray.learner.batches import batches, learning_rate
 from spin_ray.learner.coordinator import Base, Coordinator, Failure
-from spin_ray.learner.loop import Count, Train, Worker, batches, check_numbers, learning_rate, num_steps, staleness
+from spin_ray.learner.loop import Worker, check_numbers, staleness
+from spin_ray.learner.messages import Count, Train
 from spin_ray.records import Version, opponent_reference
 
 BASE = Base("theta_0", None)
 
 
-def command(sizes, *, epochs=2, max_steps=0):
-    return Train(
-        iteration=1, block_sizes=tuple(sizes), num_epochs=epochs, loss_fn=None, normalizer=len, lr=1.0, max_steps=max_steps
-    )
+def command(sizes, *, epochs=2):
+    return Train(iteration=1, block_sizes=tuple(sizes), num_epochs=epochs, num_steps=0, loss_fn=None, normalizer=len, lr=1.0)
 
 
 def blocks(sizes):
@@ -32,7 +33,7 @@ def blocks(sizes):
 def test_every_pair_once_per_epoch_last_batch_smaller(sizes):
     train, total = command(sizes, epochs=3), sum(sizes)
     found = list(batches(blocks(sizes), train, batch_pairs=4, seed=0))
-    assert len(found) == num_steps(train, 4) == 3 * -(-total // 4)
+    assert len(found) == Config(learner=LearnerConfig(batch_pairs=4)).num_steps(total, 3) == 3 * -(-total // 4)
     assert Counter(pair for batch in found for pair in batch) == {pair: 3 for pair in range(total)}
     per_epoch = len(found) // 3
     for epoch in range(3):
@@ -65,7 +66,7 @@ def test_missing_pairs_are_an_error():
 
 
 def test_max_steps():
-    assert num_steps(command([100], max_steps=3), 4) == 3
+    assert Config(learner=LearnerConfig(batch_pairs=4), run=RunConfig(max_steps=3)).num_steps(100, 2) == 3
 
 
 def test_learning_rate_rises_then_falls_to_almost_zero():

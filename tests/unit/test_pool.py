@@ -8,7 +8,7 @@ import pytest
 from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.records import PublishedWeights, SamplingSettings, Version
 from spin_ray.sampler.fake import FakeSampler
-from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, Limits, SamplerPool
+from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, PLAY, Limits, SamplerPool
 
 SETTINGS = SamplingSettings(0.0, 1.0, 8, ())
 THETA_0, THETA_1 = Version(0), Version(1)
@@ -131,6 +131,24 @@ def test_play_goes_before_evaluation():
         await pool.release(THETA_0)
         await asyncio.gather(evaluation, play)
         assert log == ["score"] * 4 + ["sample"] * 4
+
+    run(scenario)
+
+
+def test_the_block_that_is_trained_on_first_is_answered_first():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, prompts_per_s=2000), room=CHUNK, release=False)
+        done = []
+
+        async def play(order):
+            await pool.sample(THETA_0, prompts(2 * CHUNK), SETTINGS, PLAY, order)
+            done.append(order)
+
+        blocks = [asyncio.create_task(play(order)) for order in (3, 1, 2, 0)]
+        await asyncio.sleep(0)
+        await pool.release(THETA_0)
+        await asyncio.gather(*blocks)
+        assert done == [0, 1, 2, 3]
 
     run(scenario)
 

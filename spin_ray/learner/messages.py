@@ -1,0 +1,100 @@
+"""What the driver tells the learner's workers to do, and what they answer. Plain frozen messages; every rank gets every command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from spin_ray.records import Pair, Version
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on an iteration's pairs; answers with a `TrainReport`."""
+
+    iteration: int
+    block_sizes: tuple[int, ...]
+    """Pairs in each block, in the order in which the first epoch reads them."""
+    num_epochs: int
+    num_steps: int
+    """Optimizer steps, after which the iteration ends."""
+    loss_fn: Any
+    """(PairLogps) -> (loss [num_pairs], metrics)."""
+    normalizer: Callable[[list[Pair]], float]
+    """What a batch's summed loss is divided by: the number of its pairs, or of its tokens."""
+    lr: float
+    """Peak learning rate."""
+    scorer: str = "opponent"
+    """Where the references come from: `reference.scorer`."""
+    wait_for_all: bool = False
+    """Start when all blocks are there (`sequential`)."""
+    snapshot: tuple[int, Version] | None = None
+    """Publish the weights under this version after so many steps, for the opponent to play ahead with."""
+    progress_path: str | None = None
+    """Where `checkpoint_every_steps` puts the main player in the middle of the iteration, and where it is taken up."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the driver hears of each optimizer step."""
+
+    iteration: int
+    step: int
+    total_steps: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Count:
+    """What an iteration's training has done so far."""
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    first_loss: float = float("nan")
+
+    def after(self, metrics: dict[str, float], num_pairs: int) -> Count:
+        first = self.first_loss if self.steps else metrics.get("spin_loss", metrics["loss"])
+        return Count(self.steps + 1, self.pairs + num_pairs, self.tokens + int(metrics["num_tokens"]), first)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    num_steps: int
+    num_pairs: int
+    """Pairs trained on, epochs counted in."""
+    num_tokens: int
+    wall_s: float
+    waited_s: float
+    """Of wall_s, time without a finished block to train on."""
+    first_loss: float
+    """Mean l(z) of the first batch, before any step."""
+    peak_memory_gib: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Compute the log-probs of the answers of these pairs; answers with two arrays per pair."""
+
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Put the weights into the object store; answers with PublishedWeights."""
+
+    version: Version
+
+
+@dataclass(frozen=True)
+class Save:
+    """Write the HF folder and, if it has a path, the DeepSpeed checkpoint; the caller gives temporary names."""
+
+    model_path: str
+    checkpoint_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Stop:
+    pass
