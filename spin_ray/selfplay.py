@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -121,9 +121,7 @@ class Players:
 
 
 @contextmanager
-def start_players(
-    config: Config, run: RunDir, facts: ModelFacts, hardware: Hardware, max_model_len: int
-) -> Iterator[Players]:
+def start_players(config: Config, run: RunDir, facts: ModelFacts, hardware: Hardware, max_model_len: int) -> Iterator[Players]:
     """Start opponent and main player side by side from the newest finished version."""
     version = len(run.marks("iteration"))
     if version:
@@ -150,10 +148,9 @@ class SelfPlay:
         self, config: Config, run: RunDir, facts: ModelFacts, prepared: Prepared, hardware: Hardware, players: Players,
         tracker: Tracker, terminal: Terminal, interrupts: Interrupts,
     ):
-        self._interrupts = interrupts
         self._config, self._run, self._facts, self._prepared, self._hardware = config, run, facts, prepared, hardware
         self._pool, self._learner = players.pool, players.learner
-        self._tracker, self._terminal = tracker, terminal
+        self._tracker, self._terminal, self._interrupts = tracker, terminal, interrupts
         self._first, self._last = len(run.marks("iteration")), config.spin.num_iterations
         self._overlap = Overlap(config, prepared.block_sizes, self._first)
         self._timeline = Timeline(run.path)
@@ -373,7 +370,8 @@ class SelfPlay:
 
     def _draw_timeline(self) -> None:
         """timeline.png: what both players did when, of all sessions of this run; also where the run failed."""
-        self._timeline.add(ray.get(self._pool.spans.remote()))
+        with suppress(ray.exceptions.RayError):  # a pool that has died must not hide why the run ends
+            self._timeline.add(ray.get(self._pool.spans.remote()))
         if picture := self._timeline.draw():
             self._tracker.image("timeline", picture)
 
