@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from spin_ray.bench import overlap as bench_overlap
 from spin_ray.config import Config, DataConfig, ModelConfig, RunConfig
 from spin_ray.errors import BadInput
 from spin_ray.exchange import pairs as exchange
@@ -208,3 +209,13 @@ def test_a_damaged_model_is_never_loaded(tmp_path):
     (run.model(0) / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(BadInput, match=r"iter_000/model/model\.safetensors: missing or damaged"):
         run.check_model(0)
+
+
+def test_bench_overlap_compares_pairs_one_by_one(tmp_path, make_pairs):
+    pairs = make_pairs(4)
+    for name, changed in (("a", pairs), ("b", [*pairs[:3], dataclasses.replace(pairs[3], generated_ids=pairs[3].generated_ids + 1)])):
+        (tmp_path / name / "iter_000/pairs").mkdir(parents=True)
+        exchange.write_table(tmp_path / name / "iter_000/pairs/block_00000.parquet", to_table(changed, PAIR_SCHEMA))
+    same, other = bench_overlap.compare(tmp_path / "a", tmp_path / "a"), bench_overlap.compare(tmp_path / "a", tmp_path / "b")
+    assert same == {"pairs_identical": True, "num_pairs": 4, "num_pairs_identical": 4, "largest_reference_difference_nats": 0.0}
+    assert not other["pairs_identical"] and other["num_pairs_identical"] == 3

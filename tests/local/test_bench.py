@@ -1,0 +1,22 @@
+"""The benches run and print what they promise; their figures are docs/benchmarks.md's business."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_scale_runs_the_real_loop_with_simulated_players():
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "spin_ray", "bench", "scale", "--sizes", "3x2", "--seconds-per-hour", "0.3", "--prompts", "128"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["pairs_per_s"].keys() == {"paper 3x2"}
+    case = result["cases"][0]
+    assert case["ideal_s"] == round(0.3 * (4.32 + 8.64), 2) <= case["measured_s"] and result["overhead_share"] == round(1 - case["efficiency"], 4)
