@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 from spin_ray.learner.coordinator import unwrapped
@@ -18,36 +19,45 @@ NOTICEABLE_WAIT_S = 0.05
 
 
 class BlockFeed:
-    """An iteration's blocks in order, asked for one ahead; knows how long it had to wait for them.
+    """An iteration's blocks in order, fetched ahead by a thread of its own; knows how long it had to wait for them.
 
     `log_span(activity, begin, end)` hears of the stretches of training between two waits.
     """
 
     def __init__(self, coordinator: Any, iteration: int, num_blocks: int, log_span: Callable[[str, float, float], None]):
         self._coordinator, self._iteration, self._num_blocks, self._log_span = coordinator, iteration, num_blocks, log_span
+        self._fetched: queue.Queue[list[Pair] | BaseException] = queue.Queue()
         self.waited_s = 0.0
         self._busy_since = time.time()
+        threading.Thread(target=self._fetch, name="block feed", daemon=True).start()
 
     def __iter__(self) -> Iterator[list[Pair]]:
-        asked = [self._ask(0)]
-        for index in range(self._num_blocks):
-            if index + 1 < self._num_blocks:
-                asked.append(self._ask(index + 1))
+        for _ in range(self._num_blocks):
             begun = time.time()
-            table: pa.Table = ray.get(unwrapped(asked.pop(0))[0])
+            block = self._fetched.get()
             arrived = time.time()
             self.waited_s += arrived - begun
             if arrived - begun > NOTICEABLE_WAIT_S:
                 self._log_span("train", self._busy_since, begun)
                 self._busy_since = arrived
-            yield from_table(table, Pair)
+            if isinstance(block, BaseException):
+                raise block
+            yield block
 
     def close(self) -> None:
         """Report the last stretch."""
         self._log_span("train", self._busy_since, time.time())
 
-    def _ask(self, index: int) -> Any:
-        return self._coordinator.block.remote(self._iteration, index)
+    def _fetch(self) -> None:
+        try:
+            place = 0
+            while place < self._num_blocks:
+                references = unwrapped(self._coordinator.blocks.remote(self._iteration, place))
+                for table in ray.get(references):
+                    self._fetched.put(from_table(table, Pair))
+                place += len(references)
+        except BaseException as error:  # raised where the blocks are waited for
+            self._fetched.put(error)
 
 
 def batches(blocks: Iterable[list[Any]], command: Train, *, batch_pairs: int, seed: int) -> Iterator[list[Any]]:

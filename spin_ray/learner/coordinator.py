@@ -19,6 +19,7 @@ the number of blocks of an iteration is known. The learner drops an iteration's 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -104,9 +105,14 @@ class Coordinator:
         for key in [key for key in self._blocks if key[0] < before]:
             del self._blocks[key]
 
-    async def block(self, iteration: int, index: int) -> Any:
-        """The block at this place of the iteration, once it is finished."""
-        return await self._wait(lambda: (iteration, index) in self._blocks, lambda: self._blocks[iteration, index])
+    async def blocks(self, iteration: int, start: int) -> Any:
+        """References to all finished blocks from place `start` of the iteration on, at least that one, without a gap."""
+
+        def take() -> list[Any]:
+            places = itertools.takewhile(lambda place: (iteration, place) in self._blocks, itertools.count(start))
+            return [reference for place in places for reference in self._blocks[iteration, place]]
+
+        return await self._wait(lambda: (iteration, start) in self._blocks, take)
 
     async def log(self, record: Any) -> bool:
         """Pass a StepRecord or a Span on to the driver; returns whether the driver wants the training to end."""

@@ -145,13 +145,14 @@ def test_coordinator_commands_and_results_in_any_order_of_arrival():
 def test_coordinator_blocks_may_come_out_of_order_and_old_iterations_are_dropped():
     async def scenario():
         box = Coordinator(BASE)
-        first = asyncio.create_task(box.block(0, 0))
+        first = asyncio.create_task(box.blocks(0, 0))
         await box.put_block(0, 1, ["b"])
-        assert not first.done() and await box.block(0, 1) == ["b"]
+        await box.put_block(0, 3, ["d"])
+        assert not first.done() and await box.blocks(0, 1) == ["b"]
         await box.put_block(0, 0, ["a"])
-        assert await first == ["a"]
+        assert await first == ["a", "b"]  # up to the first gap
         await box.put_block(1, 0, ["c"])  # the next iteration's may come early
-        assert await box.block(0, 1) == ["b"]
+        assert await box.blocks(0, 3) == ["d"]
         await box.drop_blocks(1)
         assert box._blocks == {(1, 0): ["c"]}
 
@@ -161,7 +162,7 @@ def test_coordinator_blocks_may_come_out_of_order_and_old_iterations_are_dropped
 def test_coordinator_failure_ends_every_wait_with_the_first_error():
     async def scenario():
         box = Coordinator(BASE)
-        waiting = [asyncio.create_task(wait) for wait in (box.command(0), box.result(0), box.block(0, 0))]
+        waiting = [asyncio.create_task(wait) for wait in (box.command(0), box.result(0), box.blocks(0, 0))]
         await asyncio.sleep(0)
         first = RuntimeError("first")
         await box.fail(Failure(first))
