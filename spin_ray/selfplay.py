@@ -272,7 +272,7 @@ class SelfPlay:
                 learner.result(save)
                 audit = self._audit(Version(version), probe)
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
-            moved = learner.move_base(Base(str(run.model(t)), masters, first_command=probe + 1), group)
+            moved = learner.move_base(Base(str(run.model(t)), masters, first_command=probe + 1, iteration=version), group)
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
         self._steps_before += report.num_steps

@@ -13,7 +13,7 @@ A worker that dies takes its group with it; Ray Train starts a new one, which jo
 from there again. Their results come again under the same keys.
 
 Back-pressure: none is needed. A block is a few megabytes of token ids in the object store (which spills by itself), and
-the number of blocks of an iteration is known. The learner drops an iteration's blocks when it begins the next one.
+the number of blocks of an iteration is known. An iteration's blocks are dropped when the base moves past it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Base:
     checkpoint_path: str | None
     """DeepSpeed checkpoint of the same weights, for the fp32 masters of a bf16 run."""
     first_command: int = 0
+    iteration: int = 0
+    """Whose pairs that command trains on; nobody asks for earlier ones again."""
 
 
 class Coordinator:
@@ -90,20 +92,18 @@ class Coordinator:
 
     async def move_base(self, base: Base, group: int) -> bool:
         """Let later groups start from `base`, if `group` is still the one that made it; False: another has joined."""
-        if group == self._group:
-            self._base = base
-        return group == self._group
+        if group != self._group:
+            return False
+        self._base = base
+        for key in [key for key in self._blocks if key[0] < base.iteration]:
+            del self._blocks[key]
+        return True
 
     async def put_block(self, iteration: int, index: int, reference: Any) -> None:
         """Offer a finished block; `reference` is a list with one object reference (a bare one would be fetched here)."""
         async with self._changed:
             self._blocks[iteration, index] = reference
             self._changed.notify_all()
-
-    async def drop_blocks(self, before: int) -> None:
-        """Free the blocks of iterations before this one: nobody asks for them again."""
-        for key in [key for key in self._blocks if key[0] < before]:
-            del self._blocks[key]
 
     async def blocks(self, iteration: int, start: int) -> Any:
         """References to all finished blocks from place `start` of the iteration on, at least that one, without a gap."""

@@ -129,7 +129,6 @@ class Worker:
 
     def _train(self, command: Train) -> TrainReport:
         self._iteration = command.iteration
-        ray.get(self._coordinator.drop_blocks.remote(command.iteration))
         config, started = self._args.config, time.perf_counter()
         feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span)
         blocks = self._scored(list(feed) if command.wait_for_all else feed, command.scorer)
