@@ -35,18 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, origin = load_config(args.config, args.overrides)
         args.function(config, origin)
     except KeyboardInterrupt:
-        print("spin-ray: interrupted; the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _end(EXIT_INTERRUPTED, "interrupted; the same command goes on")
     except Exception as error:
         cause = _cause(error)
         if isinstance(cause, Interrupted):
-            print(f"spin-ray: {cause}; the same command goes on", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        if not isinstance(cause, (BadInput, RunStopped)):
-            raise
-        print(f"spin-ray: {cause}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(cause, BadInput) else EXIT_FAILED
+            return _end(EXIT_INTERRUPTED, str(cause))
+        if isinstance(cause, (BadInput, RunStopped)):
+            return _end(EXIT_BAD_INPUT if isinstance(cause, BadInput) else EXIT_FAILED, str(cause))
+        raise
     return 0
+
+
+def _end(code: int, message: str) -> int:
+    print(f"spin-ray: {message}", file=sys.stderr)
+    if "ray" in sys.modules:
+        from spin_ray.system import leave
+
+        leave(code)
+    return code
 
 
 def _cause(error: Exception) -> BaseException:

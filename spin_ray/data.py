@@ -198,7 +198,7 @@ def _messages(turns: Any, column: str) -> list[Message]:
 def _sharegpt(turns: Any) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("conversations must be a list of {from, value}")
-    unknown = [turn.get("from") for turn in turns if turn.get("from") not in _SHAREGPT_ROLES]
+    unknown = [turn.get("from") for turn in turns if not isinstance(turn.get("from"), str) or turn["from"] not in _SHAREGPT_ROLES]
     if unknown:
         raise ValueError(f"conversations: unknown speaker {unknown[0]!r}")
     return _messages([{"role": _SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")} for turn in turns], "conversations")

@@ -152,15 +152,40 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
-        if temporary.is_file():
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        if temporary.is_dir():
+            flush_folder(temporary)
+            replace_folder(temporary, path)
+        else:
+            _flush(temporary)
+            os.replace(temporary, path)
+        _flush(path.parent)
     except BaseException:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Have a folder's files on disk, not only in the system's memory."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; one that is there gives way only then."""
+    old = path.parent / f".{path.name}.old.tmp"
+    if path.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

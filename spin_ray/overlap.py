@@ -72,7 +72,10 @@ class Overlap:
 
         Its staleness is `lookahead_fraction` of the iteration's steps. 100 steps, fraction 0.1: taken after 90, 10 early.
         """
-        if self._config.overlap.mode != "lookahead" or not self._first <= t < self._config.spin.num_iterations - 1:
+        return self._planned_snapshot(t) if t >= self._first else None  # what was before this session is gone
+
+    def _planned_snapshot(self, t: int) -> tuple[int, Version] | None:
+        if self._config.overlap.mode != "lookahead" or not 0 <= t < self._config.spin.num_iterations - 1:
             return None
         early = math.ceil(self._config.overlap.lookahead_fraction * self.num_steps(t))
         return self.num_steps(t) - early, Version(t + 1, early)
@@ -85,15 +88,20 @@ class Overlap:
     @property
     def max_steps_early(self) -> int:
         """The bound of staleness: optimizer steps that any pair's writer may be short of its version; 0 but in `lookahead`."""
-        return max((early[1].steps_early for t in range(self._config.spin.num_iterations) if (early := self.snapshot(t))), default=0)
+        planned = [self._planned_snapshot(t) for t in range(self._config.spin.num_iterations)]
+        return max((snapshot[1].steps_early for snapshot in planned if snapshot), default=0)
 
     def starts_stale(self, t: int) -> bool:
-        """Whether the first pairs of iteration t were played by a snapshot."""
-        return self.blocks(t)[0].version != Version(t)
+        """Whether the first pairs of iteration t are, or in an earlier session may have been, played by a snapshot."""
+        return self._num_ahead(t) > 0
+
+    def blocks_ahead(self, t: int) -> list[BlockSpec]:
+        """Those of iteration t that the snapshot plays, if there is one."""
+        return self.blocks(t)[: self._num_ahead(t)]
 
     def _num_ahead(self, t: int) -> int:
         """Blocks of iteration t that the snapshot plays: the same fraction of them, the first ones."""
-        return math.ceil(self._config.overlap.lookahead_fraction * len(self._sizes)) if self.snapshot(t - 1) else 0
+        return math.ceil(self._config.overlap.lookahead_fraction * len(self._sizes)) if self._planned_snapshot(t - 1) else 0
 
     def block_played(self, block: BlockSpec) -> None:
         with self._changed:

@@ -160,7 +160,9 @@ class SelfPlay:
         self._mismatch: dict[int, float] = {}
         """Iteration -> beta times the nats by which the engines' difference may move a pair's log-ratio."""
         self._plays: dict[int, _Play] = {}
-        self._last_metrics: dict[str, float] = {}
+        self._evaluations: dict[int, Future] = {}
+        self._last_metrics: dict[int, dict[str, float]] = {}
+        """Iteration -> metrics of its newest step."""
 
     def play(self) -> None:
         """All iterations that the manifest does not call finished."""
@@ -173,7 +175,8 @@ class SelfPlay:
             beside += self._release(self._first, {})
             for t in range(self._first, self._last):
                 report = follow(self._learner, training, self._note, self._interrupts)
-                training = self._become_opponent(t + 1, report)
+                with self._interrupts.graceful():  # a signal here ends the next iteration's training before it begins
+                    training = self._become_opponent(t + 1, report)
                 beside += self._release(t + 1, self._trained(t, report))
                 beside.append(self._beside(self._run.mark_checksums, t))
             for thread in beside:
@@ -240,7 +243,7 @@ class SelfPlay:
             self._tracker.log("train", {**metrics, "global_step": self._steps_before + step}, iteration=t, step=step, opponent_version=t)
         text = f"iteration {t}  step {step + 1}/{record.total_steps}  loss {metrics['loss']:.3f}  margin {metrics['margin']:.2f}  " \
                f"{metrics['pairs_per_s']:.0f} pairs/s  waited {metrics['waited_s']:.1f} s"
-        self._last_metrics = metrics
+        self._last_metrics[t] = metrics
         self._terminal.progress("main player", step + 1, record.total_steps, text)
 
     def _check_first_loss(self, t: int, loss: float) -> None:
@@ -260,7 +263,6 @@ class SelfPlay:
         posted: list[int] = []
         moved = False
         while not moved:
-            group = learner.group()
             with readable_disk_errors(run.iteration(t)), written_whole(run.model(t)) as model, \
                     written_whole(run.checkpoint(t)) as checkpoint:
                 if not posted:
@@ -268,9 +270,11 @@ class SelfPlay:
                     posted = [learner.post(command) for command in commands]
                     training = self._post_training(version)
                 publish, save, probe = posted
-                self._load(learner.result(publish))
-                learner.result(save)
-                audit = self._audit(Version(version), probe)
+                group = None
+                while group != (group := learner.group()):  # again until one and the same group has answered it all
+                    self._load(learner.result(publish))
+                    learner.result(save)
+                    audit = self._audit(Version(version), probe)
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
             moved = learner.move_base(Base(str(run.model(t)), masters, first_command=probe + 1, iteration=version), group)
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
@@ -284,8 +288,11 @@ class SelfPlay:
     def _load(self, weights: PublishedWeights) -> None:
         """Bring new weights to the samplers, once they owe nothing under the old ones."""
         self._overlap.wait_until_may_load(weights.version)
+        for version, evaluation in list(self._evaluations.items()):
+            if version < weights.version.number:
+                evaluation.result()  # the samplers owe it; it must have reached them
         begun = time.monotonic()
-        seconds = max(ray.get(self._pool.load.remote(weights)))
+        seconds = max(ray.get(self._pool.load.remote(weights)), default=0.0)
         metrics = {"load_s": seconds, "total_s": time.monotonic() - begun, "gib_per_s": weights.num_bytes / 2**30 / max(seconds, 1e-9)}
         self._tracker.log("sync", metrics, opponent_version=weights.version.number)
 
@@ -318,9 +325,11 @@ class SelfPlay:
 
     def _release(self, version: int, trained: dict[str, Any]) -> list[Future]:
         """theta_version may play, and be evaluated in what time the play leaves; returns what goes on beside the main thread."""
-        beside = [self._beside(self._evaluate, version, trained)]
+        self._evaluations[version] = self._beside(self._evaluate, version, trained)
+        beside = [self._evaluations[version]]
         self._open(Version(version))
-        if early := self._overlap.snapshot(version):
+        early = self._overlap.snapshot(version)
+        if early and not all(self._run.pairs(b.iteration, b.kind, b.index).exists() for b in self._overlap.blocks_ahead(version + 1)):
             beside.append(self._beside(self._play_ahead, early[1]))
         return beside
 
@@ -354,7 +363,7 @@ class SelfPlay:
         self._tracker.log("sampler", {"num_restarts": ray.get(self._pool.num_restarts.remote())}, iteration=t, opponent_version=t)
         rates = {"pairs_per_s": report.num_pairs / report.wall_s, "tokens_per_s": report.num_tokens / report.wall_s}
         self._tracker.log("iteration", {**asdict(report), **rates, "learner_idle_share": idle}, iteration=t, opponent_version=t + 1)
-        last = self._last_metrics
+        last = self._last_metrics[t]
         return {"loss": last["loss"], "margin": last["margin"], "train_s": report.wall_s, "waited_s": report.waited_s}
 
     def _evaluate(self, version: int, trained: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ import asyncio
 import os
 import shlex
 import sys
+import time
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+AGENT_TIMEOUT_S = 60.0
 
 
 async def submit(arguments: list[str]) -> int:
@@ -18,8 +20,16 @@ async def submit(arguments: list[str]) -> int:
     client = JobSubmissionClient(address)
     command = shlex.join([sys.executable, "-m", "spin_ray", "run", *arguments])
     entrypoint = f"cd {shlex.quote(os.getcwd())} && exec {command}"  # relative paths mean here, not Ray's working directory
+    begun = time.monotonic()
     passed_on = {name: os.environ[name] for name in ("WANDB_MODE", "HF_HUB_OFFLINE") if name in os.environ}
-    job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": passed_on})
+    while True:
+        try:
+            job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": passed_on})
+            break
+        except RuntimeError as error:  # a head that has just started
+            if "No available agent" not in str(error) or time.monotonic() > begun + AGENT_TIMEOUT_S:
+                raise
+            await asyncio.sleep(2)
     print(f"submitted {job} to {address}", flush=True)
     async for lines in client.tail_job_logs(job):
         print(lines, end="", flush=True)

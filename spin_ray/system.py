@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ MIN_LOCAL_CPUS = 2
 
 @contextmanager
 def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) -> Iterator[Hardware]:
-    """Join the cluster in RAY_ADDRESS (a submitted job has it), or start Ray on this machine; leave nothing running.
+    """Join the cluster in RAY_ADDRESS (a submitted job has it), or start Ray on this machine; after an error, `leave` ends it.
 
     `samplers` and `learner` say which players the command starts.
     Raises BadInput if the cluster is too small for the run.
@@ -34,10 +35,20 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
             # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
             _system_config={"idle_worker_killing_time_threshold_ms": 3_600_000},
         )
-    try:
-        yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner)
-    finally:
-        ray.shutdown()
+    yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner)
+    ray.shutdown()
+
+
+def leave(code: int) -> None:
+    """End a process whose run has failed, if Ray is up: at once, and Ray's processes with it.
+
+    Threads of Ray Data may still be at work then, and one that meets a Ray that is shut down ends the process with a code and
+    a message of its own.
+    """
+    if ray.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def first_error(error: BaseException) -> BaseException:

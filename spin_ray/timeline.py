@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from spin_ray.manifest import readable_disk_errors
 from spin_ray.records import Span
 
 COLOURS = {
@@ -37,8 +39,9 @@ class Timeline:
     def add(self, spans: Iterable[Span]) -> None:
         spans = list(spans)
         self._spans += spans
-        with (self._run_path / "timeline.jsonl").open("a") as file:
-            file.writelines(json.dumps({"session": self._session, **asdict(span)}) + "\n" for span in spans)
+        file = self._run_path / "timeline.jsonl"
+        with readable_disk_errors(file), file.open("a") as lines:
+            lines.writelines(json.dumps({"session": self._session, **asdict(span)}) + "\n" for span in spans)
 
     def idle_share(self, iteration: int) -> float:
         """Share of an iteration in which the main player did nothing."""
@@ -70,7 +73,10 @@ def read_spans(run_path: Path) -> list[Span]:
 
 def _read(run_path: Path) -> list[tuple[int, Span]]:
     file = run_path / "timeline.jsonl"
-    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    entries = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(json.JSONDecodeError):  # a line that a crash cut short, and what was written behind it
+            entries.append(json.loads(line))
     return [(entry.pop("session"), Span(**entry)) for entry in entries]
 
 

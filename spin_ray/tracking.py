@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.config import Config, flatten
+from spin_ray.manifest import readable_disk_errors
 
 
 class Tracker:
@@ -36,7 +37,7 @@ class Tracker:
     def log(self, group: str, metrics: Mapping[str, Any], **stamp: int) -> None:
         """Log `metrics` under `group/`, stamped with where in the run they belong (iteration, step, opponent_version)."""
         named = {f"{group}/{name}": value for name, value in metrics.items()}
-        with self._lock:  # the players' threads log side by side
+        with self._lock, readable_disk_errors(Path(self._file.name)):  # the players' threads log side by side
             self._file.write(json.dumps({"time": round(time.time(), 3), **stamp, **named}) + "\n")
             self._wandb.log({**stamp, **named})
 

@@ -131,9 +131,11 @@ _NOT_SCORED = np.zeros(0, np.float32)
 
 def _pair(block: BlockSpec, prompt: Prompt, completion: Completion, real_logps: np.ndarray, generated_logps: np.ndarray) -> Pair:
     early = completion.version.steps_early
+    scored_early = early if len(generated_logps) else 0
     return Pair(
         prompt.prompt_id, block.iteration, completion.version.number, block.version.number, prompt.prompt_ids, prompt.real_ids,
-        completion.token_ids, real_logps, generated_logps, completion.finish_reason, opponent_steps_early=early, scored_steps_early=early,
+        completion.token_ids, real_logps, generated_logps, completion.finish_reason, opponent_steps_early=early,
+        scored_steps_early=scored_early,
     )
 
 

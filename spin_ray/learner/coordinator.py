@@ -78,12 +78,13 @@ class Coordinator:
             self._changed.notify_all()
 
     async def result(self, key: Hashable) -> Any:
-        """What rank 0 left under this key, once it is there; handed out once."""
-        return await self._wait(lambda: key in self._results, lambda: self._results.pop(key))
+        """What rank 0 left under this key, once it is there."""
+        return await self._wait(lambda: key in self._results, lambda: self._results[key])
 
     async def join(self) -> Base:
-        """Called once by every new group of workers: where to start. What it answers from there on, it may answer again."""
+        """Called once by every new group of workers: where to start. Answers of an earlier group from there on no longer count."""
         self._group += 1
+        self._results = {key: value for key, value in self._results.items() if isinstance(key, int) and key < self._base.first_command}
         return self._base
 
     async def group(self) -> int:
@@ -95,8 +96,7 @@ class Coordinator:
         if group != self._group:
             return False
         self._base = base
-        for key in [key for key in self._blocks if key[0] < base.iteration]:
-            del self._blocks[key]
+        self._blocks = {key: value for key, value in self._blocks.items() if key[0] >= base.iteration}
         return True
 
     async def put_block(self, iteration: int, index: int, reference: Any) -> None:

@@ -102,8 +102,8 @@ class Learner:
                 self.fail(error)
 
 
-INTERRUPT_PATIENCE_S = 60.0
-"""How long an interrupted training may take for its step and its progress; one that waits for the opponent has none to save."""
+INTERRUPT_PATIENCE_S = 300.0
+"""How long an interrupted training may be silent: it finishes a step and saves its progress, unless it waits for the opponent."""
 
 
 def follow(learner: Learner, number: int, note: Callable[[Any], None], interrupts: Interrupts) -> TrainReport:
@@ -115,13 +115,16 @@ def follow(learner: Learner, number: int, note: Callable[[Any], None], interrupt
     with interrupts.graceful():
         while True:
             finished = waiting.done()
-            for record in learner.drain():
+            records = learner.drain()
+            for record in records:
                 note(record)
             if finished:
                 return waiting.result()
+            if records and patience_ends < math.inf:
+                patience_ends = time.monotonic() + INTERRUPT_PATIENCE_S
             if interrupts.requested and patience_ends == math.inf:
                 ray.get(learner.coordinator.interrupt.remote())
                 patience_ends = time.monotonic() + INTERRUPT_PATIENCE_S
             if time.monotonic() > patience_ends:
-                raise Interrupted("interrupted while the main player waited")
+                raise Interrupted("interrupted while the main player waited; the same command goes on")
             time.sleep(0.2)

@@ -27,7 +27,7 @@ from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
 from spin_ray.learner.coordinator import Base, DriverFailed, Failure, unwrapped
 from spin_ray.learner.messages import Count, Publish, Save, Score, StepRecord, Stop, Train, TrainReport
-from spin_ray.manifest import readable_disk_errors
+from spin_ray.manifest import flush_folder, readable_disk_errors, replace_folder
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
 
@@ -135,13 +135,15 @@ class Worker:
         count = self._take_up(command)
         total_steps = command.num_steps
         metrics: dict[str, float] = {}
+        snapshot = command.snapshot
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
             if step == total_steps:
                 break
             if step < count.steps:
                 continue  # trained on before this group of workers began
-            if command.snapshot and step == command.snapshot[0]:
-                self.answer(command.snapshot[1], self._publish(command.snapshot[1]))
+            if snapshot and step >= snapshot[0]:  # later only where progress was taken up behind it
+                self.answer(snapshot[1], self._publish(snapshot[1]))
+                snapshot = None
             lr = learning_rate(step, total_steps, peak=command.lr, warmup_fraction=config.warmup_fraction)
             pairs, references = [pair for pair, _ in batch], np.array([reference for _, reference in batch])
             begun = time.perf_counter()
@@ -157,8 +159,9 @@ class Worker:
             due = config.checkpoint_every_steps and count.steps % config.checkpoint_every_steps == 0
             if command.progress_path and count.steps < total_steps and (due or interrupted):
                 self._save_progress(command, count)
-            if interrupted:
-                raise Interrupted(f"interrupted after step {step + 1} of {total_steps} of iteration {command.iteration}")
+            if interrupted and count.steps < total_steps:
+                kept = "the same command goes on" if command.progress_path else "the same command starts again"
+                raise Interrupted(f"interrupted after step {step + 1} of {total_steps} of iteration {command.iteration}; {kept}")
         feed.close()
         return TrainReport(
             count.steps, count.pairs, count.tokens, time.perf_counter() - started, feed.waited_s, count.first_loss,
@@ -187,8 +190,8 @@ class Worker:
             self.wait_for_all_ranks()
             if self._player.rank == 0:
                 (temporary / "count.json").write_text(json.dumps(asdict(count)))
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(temporary, path)
+                flush_folder(temporary)
+                replace_folder(temporary, path)
 
     def _scored(self, blocks: Iterable[list[Pair]], scorer: str) -> Iterator[list[Example]]:
         """The blocks with the references of their pairs: the opponent's, or the learner's own under theta_t.
@@ -256,6 +259,6 @@ def check_numbers(metrics: dict[str, float], iteration: int, step: int, lr: floa
 
 
 def staleness(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Share of a batch's pairs whose references are a snapshot's, and by how many optimizer steps at most."""
-    early = [pair.scored_steps_early for pair in pairs]
+    """Share of a batch's pairs that a snapshot wrote for this iteration, and by how many optimizer steps early at most."""
+    early = [pair.opponent_steps_early if pair.opponent_version == pair.iteration else 0 for pair in pairs]
     return {"stale_share": float(np.mean(np.array(early) > 0)), "max_staleness_steps": float(max(early))}

@@ -62,18 +62,16 @@ class Sampler:
     async def load(self, weights: PublishedWeights) -> float:
         """Load a published version in place; returns the seconds it took, waiting for answers under way not counted."""
         started: list[float] = []
-        await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, started)))
+        buckets = await asyncio.gather(*weights.buckets)  # here, not in the engine's thread: lost weights do not break an engine
+        await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, started)))
         return time.perf_counter() - started[0]
 
     @staticmethod
-    def _tensors(weights: PublishedWeights, started: list[float]) -> Iterator[tuple[str, Any]]:
-        import ray
-
+    def _tensors(weights: PublishedWeights, buckets: Sequence[Any], started: list[float]) -> Iterator[tuple[str, Any]]:
         from spin_ray.exchange.weights import from_bucket, from_folder
 
         started.append(time.perf_counter())
         if weights.saved_at:
             yield from from_folder(weights.saved_at, weights.tied_names)
-            return
-        for reference in weights.buckets:
-            yield from from_bucket(ray.get(reference), weights.tied_names)
+        for bucket in buckets:
+            yield from from_bucket(bucket, weights.tied_names)

@@ -275,7 +275,7 @@ class SamplerPool:
         """Bring a replica that starts to the present weights, whatever was loaded meanwhile."""
         life = replica.lives
         try:
-            await _up(replica.handle)
+            await asyncio.wait_for(_up(replica.handle), self._limits.request_timeout_s)
             while replica.version != self._version and life == replica.lives:
                 await self._load(replica)
             replica.joined = life == replica.lives
@@ -289,7 +289,7 @@ class SamplerPool:
         weights, begin, life = self._weights, time.time(), replica.lives
         assert weights is not None
         try:
-            seconds = await replica.handle.load.remote(weights)
+            seconds = await asyncio.wait_for(_done(replica.handle.load.remote(weights)), self._limits.request_timeout_s)
         except BROKEN as error:
             self._start_anew(replica, life, error)
             return 0.0

@@ -203,7 +203,7 @@ def test_own_model_and_data_lookahead_frozen_two_workers(tiny_model, tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = spin_ray(
         "run", "conf/demo.yaml", f"run.dir={tmp_path}", "run.name=own", f"model.path={tiny_model(tied=False)}", f"data.train={tmp_path / 'own.jsonl'}",
-        "data.eval=''", "learner.num_workers=2", "learner.zero_stage=3", "learner.batch_pairs=8", "spin.num_iterations=2", "sampler.block_prompts=8",
+        "data.eval=''", "learner.num_workers=2", "learner.zero_stage=3", "learner.batch_pairs=8", "spin.num_iterations=2", "spin.num_epochs=2", "sampler.block_prompts=8",
         "overlap.mode=lookahead", "overlap.lookahead_fraction=0.3", "reference.scorer=frozen",
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -116,7 +116,7 @@ def test_staleness(make_pairs):
     pairs = make_pairs(4)
     assert staleness(pairs) == {"stale_share": 0.0, "max_staleness_steps": 0.0}
     pairs[1] = dataclasses.replace(pairs[1], opponent_steps_early=7, scored_steps_early=7)
-    pairs[2] = dataclasses.replace(pairs[2], opponent_steps_early=7)  # replayed: its references are fresh
+    pairs[2] = dataclasses.replace(pairs[2], iteration=1, opponent_steps_early=7)  # replayed: the iteration before's
     assert staleness(pairs) == {"stale_share": 0.25, "max_staleness_steps": 7.0}
     assert opponent_reference(pairs[0]).dtype == np.float64
 
@@ -189,9 +189,13 @@ def test_a_new_group_joins_at_the_base_and_the_base_moves_only_with_the_group_th
         box = Coordinator(BASE)
         assert await box.join() == BASE and await box.group() == 1
         assert await box.join() == BASE  # a worker died
+        await box.answer(0, "of the second group")
         later = Base("theta_1", None, first_command=4)
         assert not await box.move_base(later, group=1) and await box.join() == BASE
+        assert box._results == {}  # the third group answers again
+        await box.answer(3, "before the new base")
         assert await box.move_base(later, group=3) and await box.join() == later
+        assert await box.result(3) == "before the new base"
 
     run_async(scenario)
 

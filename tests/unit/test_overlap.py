@@ -46,7 +46,12 @@ def test_lookahead_plays_a_bounded_part_ahead_and_trains_on_it_first():
 
 def test_a_resumed_lookahead_starts_without_a_snapshot():
     schedule = overlap("lookahead", first=1)
-    assert not schedule.starts_stale(1) and schedule.starts_stale(2) and kinds(schedule.blocks(1)) == kinds(overlap("stream").blocks(1))
+    whole = overlap("lookahead")
+    assert schedule.snapshot(0) is None and schedule.max_steps_early == whole.max_steps_early == 2
+    assert [(b.kind, b.index, b.place) for b in schedule.blocks(1)] == [(b.kind, b.index, b.place) for b in whole.blocks(1)]  # its order stays
+    assert {str(block.version) for block in schedule.blocks(1)} == {"theta_1"} and schedule.blocks(2) == whole.blocks(2)
+    assert schedule.starts_stale(1)  # what the snapshot played before is still on disk
+    assert overlap("lookahead", first=2).max_steps_early == 2
 
 
 @pytest.mark.parametrize("mode", ["sequential", "stream", "lookahead"])
