@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 import ray
 import torch
 
@@ -40,14 +41,17 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
 
 
 def leave(code: int) -> None:
-    """End a process whose run has failed, if Ray is up: at once, and Ray's processes with it.
+    """End a process whose run has failed, if Ray is up: at once, with the processes of a Ray that it started itself.
 
-    Threads of Ray Data may still be at work then, and one that meets a Ray that is shut down ends the process with a code and
-    a message of its own.
+    Not by `ray.shutdown`: threads of Ray Data may still be at work, and one that meets a Ray that is shut down ends the process
+    with a code of its own, before its message is out.
     """
     if ray.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        for process in psutil.Process().children(recursive=True):  # a cluster that was joined is nobody's child
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         os._exit(code)
 
 
