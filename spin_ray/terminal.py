@@ -25,7 +25,7 @@ class Terminal:
         self._console = Console(file=file, highlight=False, emoji=False)
         columns = TextColumn("{task.description:<12}"), BarColumn(24), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._tasks = {player: self._live.add_task(player, total=1, text="") for player in ("opponent", "main player")}
+        self._tasks = {player: self._live.add_task(player, total=1, text="starting") for player in ("opponent", "main player")}
         self._printed = dict.fromkeys(self._tasks, time.monotonic())
         self._header_done = False
 
