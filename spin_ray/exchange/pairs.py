@@ -70,14 +70,15 @@ def read_pairs(path: Path) -> pa.Table:
         ) from error
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a block can be read; one that a disk has damaged is played again."""
+def pairs_on_disk(path: Path) -> pa.Table | None:
+    """The pairs of a block that is finished and whole; None for one that has to be played, also because a disk has damaged it."""
+    if not path.exists():
+        return None
     try:
-        read_pairs(path)
+        return read_pairs(path)
     except BadInput as error:
         logging.getLogger(__name__).warning("%s", error)
-        return False
-    return True
+        return None
 
 
 def play(plan: PlayPlan, blocks: Sequence[BlockSpec], num_in_flight: int) -> Iterator[tuple[BlockSpec, pa.Table]]:
@@ -108,10 +109,11 @@ class PlayBlock:
     def __call__(self, row: dict[str, np.ndarray]) -> pa.Table:
         plan, block = self._plan, self._blocks[int(row["place"][0])]
         path = plan.run.pairs(block.iteration, block.kind, block.index)
-        if not (path.exists() and is_whole(path)):
-            ray.get(plan.pool.released.remote(block.version))  # a replayed block's pairs are all on disk by then
-            pairs = {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block)
-            write_table(path, to_table(pairs, PAIR_SCHEMA))
+        if (finished := pairs_on_disk(path)) is not None:
+            return finished
+        ray.get(plan.pool.released.remote(block.version))  # a replayed block's pairs are all on disk by then
+        pairs = {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block)
+        write_table(path, to_table(pairs, PAIR_SCHEMA))
         return read_pairs(path)
 
 

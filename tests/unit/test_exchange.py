@@ -185,16 +185,16 @@ def test_saved_config_is_plain_json(tmp_path):
 def test_a_damaged_block_is_noticed_and_named(tmp_path, make_pairs):
     path = tmp_path / "block.parquet"
     exchange.write_table(path, to_table(make_pairs(50), PAIR_SCHEMA))
-    assert exchange.is_whole(path) and len(exchange.read_pairs(path)) == 50
+    assert exchange.pairs_on_disk(path) is not None and len(exchange.read_pairs(path)) == 50
     whole = path.read_bytes()
     for place in range(8, len(whole) // 2, 97):  # a flipped bit anywhere in the data
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        if not exchange.is_whole(path):
+        if exchange.pairs_on_disk(path) is None:
             break
     else:
         pytest.fail("no flipped bit was noticed")
     path.write_bytes(whole[: len(whole) // 2])
-    assert not exchange.is_whole(path)
+    assert exchange.pairs_on_disk(path) is None
     with pytest.raises(BadInput, match=r"block\.parquet: this block of pairs is damaged"):
         exchange.read_pairs(path)
 
