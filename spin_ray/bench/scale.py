@@ -103,7 +103,7 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     }
 
 
-def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int) -> None:
+def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int, *, weights_mib: float = 0.0) -> None:
     """The whole loop with fake players."""
     facts, rng = inspect_model(config), np.random.default_rng(0)
     ids = rng.integers(5, 500, (num_prompts, 52)).astype(np.int32)
@@ -116,7 +116,8 @@ def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_
     ]
     ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs
     pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs))
-    learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=functools.partial(make_fake_player, pairs_per_s=rates))
+    make_player = functools.partial(make_fake_player, pairs_per_s=rates, weights_mib=weights_mib)
+    learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=make_player)
     with Tracker(config, run.path) as tracker, open(os.devnull, "w") as nowhere:
         SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), tracker, Terminal(nowhere), Interrupts()).play()
     learner.stop()

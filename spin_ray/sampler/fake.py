@@ -52,6 +52,7 @@ class FakeSampler:
         return [np.full(len(answer), -1.0, np.float32) for answer in answers]
 
     async def load(self, weights: PublishedWeights) -> float:
+        await asyncio.gather(*weights.buckets)
         await asyncio.sleep(self._load_s)
         self._version = weights.version
         return self._load_s
