@@ -19,7 +19,8 @@ class FakeSampler:
     """Has the verbs of `Sampler`. Works at a fixed rate, as one engine does that is kept full: twice the prompts, twice the time.
 
     An answer depends on its prompt alone (as greedy ones do): its tokens are a hash of it. `fail_after` prompts it raises,
-    or with `dies` ends its process. `hang_after` prompts its engine answers nothing more; with `mute` its process neither.
+    or with `dies` ends its process. `hang_after` prompts its engine answers and loads nothing more; with `mute` its process
+    gives no sign of life either.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class FakeSampler:
         return [np.full(len(answer), -1.0, np.float32) for answer in answers]
 
     async def load(self, weights: PublishedWeights) -> float:
+        await self._hang_if_due()
         await asyncio.gather(*weights.buckets)
         await asyncio.sleep(self._load_s)
         self._version = weights.version
@@ -65,11 +67,14 @@ class FakeSampler:
             if self._dies:
                 os._exit(1)
             raise EngineFailed(f"engine failed after {self._fail_after} prompts")
+        await self._hang_if_due()
+        self._free_at = max(self._free_at, time.monotonic()) + count * self._seconds[verb]
+        await asyncio.sleep(self._free_at - time.monotonic())
+
+    async def _hang_if_due(self) -> None:
         if self.num_prompts > self._hang_after:
             self._hangs_since = min(self._hangs_since, time.monotonic())
             await _forever()
-        self._free_at = max(self._free_at, time.monotonic()) + count * self._seconds[verb]
-        await asyncio.sleep(self._free_at - time.monotonic())
 
     def _completion(self, prompt: np.ndarray, settings: SamplingSettings) -> Completion:
         digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()

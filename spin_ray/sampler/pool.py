@@ -8,12 +8,12 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 | a request of the present version | a replica with room | answers of earlier requests; a replica that joins |
 | `load` | the replicas | the last answer that the present version owes |
 | a replica that joins late | the present weights | its own load of them |
-| the heartbeat of a replica that owes answers | a sign of life of its engine | the replica; or, past `heartbeat_timeout_s`, its new start |
+| the heartbeat | a sign of life of a replica that owes something | the replica; or, past `heartbeat_timeout_s`, its new start |
 | all of them | | too many failures in a row: every present and later wait raises the first error |
 
 A replica that dies, whose engine fails or hangs, or that owes an answer for too long is started anew by Ray and brought to
-the present weights; what it owed goes to whoever is free first. Starting and loading take their time and have no heartbeat:
-only replicas that owe answers are asked. Requests are answered in the order of their `urgency`, then of
+the present weights; what it owed goes to whoever is free first. The heartbeat asks replicas that owe something; a load may take
+its time as long as the process answers, a start has only its deadline. Requests are answered in the order of their `urgency`, then of
 their `order` (a block's place in training: the one that the learner waits for goes first), then of their arrival; a request
 of an earlier version is refused.
 """
@@ -99,7 +99,7 @@ class Limits:
     restart_window_s: float = 600.0
     """... within this many seconds."""
     heartbeat_timeout_s: float = math.inf
-    """Seconds without a sign of life of a replica that owes answers, or of its engine, after which it counts as hanging."""
+    """Seconds without a sign of life of a replica that owes something, or of its engine, after which it counts as hanging."""
 
 
 HEARTBEAT_S = 5.0
@@ -121,6 +121,7 @@ class _Replica:
     """Counts its processes: what one of them owed says nothing about the next."""
     outstanding: int = 0
     """Prompts that it has not yet answered."""
+    loading: bool = False
 
     @property
     def name(self) -> str:
@@ -275,12 +276,12 @@ class SamplerPool:
         limit = self._limits.heartbeat_timeout_s
         while self._error is None and limit < math.inf:
             await asyncio.sleep(min(HEARTBEAT_S, limit / 4))
-            if not (replica.joined and replica.outstanding):
+            if not (replica.loading or (replica.joined and replica.outstanding)):
                 continue
-            life = replica.lives
+            life, loading = replica.lives, replica.loading
             try:
                 stuck_s = await asyncio.wait_for(_done(replica.handle.stuck_s.remote()), limit)
-                if stuck_s > limit:
+                if stuck_s > limit and not loading:
                     raise EngineFailed(f"hung: its engine was at one step for longer than sampler.heartbeat_timeout_s={limit:g}")
             except TimeoutError:
                 silent = EngineFailed(f"hung: no sign of life for sampler.heartbeat_timeout_s={limit:g}")
@@ -293,8 +294,8 @@ class SamplerPool:
         """Have a broken replica join again; the first of its requests to fail sees to it."""
         if life != replica.lives:
             return
-        replica.joined, replica.version, now = False, self._first_version, time.monotonic()
-        replica.lives += 1
+        replica.joined, replica.loading, replica.version = False, False, self._first_version
+        replica.lives, now = replica.lives + 1, time.monotonic()
         self._failures.append((now, _in_words(replica, error)))
         while now - self._failures[0][0] > self._limits.restart_window_s:
             self._failures.popleft()
@@ -323,13 +324,15 @@ class SamplerPool:
     async def _load(self, replica: _Replica) -> float:
         weights, begin, life = self._weights, time.time(), replica.lives
         assert weights is not None
+        replica.loading = True
         try:
             seconds = await asyncio.wait_for(_done(replica.handle.load.remote(weights)), self._limits.request_timeout_s)
         except BROKEN as error:
             self._start_anew(replica, life, error)
             return 0.0
-        replica.version = weights.version
-        self._spans.append(Span(replica.name, "load", weights.version.number, begin, time.time()))
+        if life == replica.lives:
+            replica.version, replica.loading = weights.version, False
+            self._spans.append(Span(replica.name, "load", weights.version.number, begin, time.time()))
         return seconds
 
     def _owed(self) -> bool:

@@ -214,9 +214,35 @@ def test_a_heartbeat_finds_what_hangs_long_before_its_deadline(mute):
     run(scenario)
 
 
+def test_a_process_that_hangs_in_a_load_is_found_by_its_silence():
+    async def scenario():
+        class HangsInLoad(FakeSampler):
+            async def load(self, weights):
+                self.num_prompts = 1
+                return await super().load(weights)
+
+        pool = await started(HangsInLoad(THETA_0, hang_after=0, mute=True), heartbeat_timeout_s=0.1, request_timeout_s=100, max_restarts=1)
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        assert len(await pool.sample(THETA_1, prompts(3), SETTINGS)) == 3 and await pool.num_restarts() == 1
+
+    run(scenario)
+
+
 def test_a_slow_step_an_idle_engine_and_a_long_load_are_no_hang():
     async def scenario():
-        slow = FakeSampler(THETA_0, prompts_per_s=100, load_s=0.3)  # a chunk takes 0.16 s, each of its steps counts as life
+        class Slow(FakeSampler):
+            loading = False
+
+            async def load(self, weights):
+                self.loading = True
+                await super().load(weights)
+                self.loading = False
+
+            async def stuck_s(self):
+                return 99.0 if self.loading else 0.0
+
+        slow = Slow(THETA_0, prompts_per_s=100, load_s=0.3)  # a chunk takes 0.16 s, in many steps
         pool = await started(slow, room=CHUNK, heartbeat_timeout_s=0.1, max_restarts=0)
         await pool.sample(THETA_0, prompts(CHUNK), SETTINGS)
         await asyncio.sleep(0.2)
