@@ -75,7 +75,7 @@ def look(run: RunDir, num_iterations: int, found: dict[str, list[float]]) -> Non
     for number in range(num_iterations):
         while len(run.marks("iteration")) <= number:
             time.sleep(0.02)
-        state = get_state_from_address(ray.get_runtime_context().gcs_address)
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)  # no public call tells what the store holds
         used = get_memory_info_reply(state).store_stats.object_store_bytes_used
         for name, value in {**processes(), STORE: used}.items():
             found.setdefault(name, []).append(round(value / 2**20, 1))
