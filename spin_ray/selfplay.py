@@ -245,9 +245,7 @@ class SelfPlay:
             self._timeline.add([record])
             return
         if isinstance(record, Divergence):
-            early = self._overlap.snapshot(record.iteration)
-            used = record.iteration in self._snapshots_used or (early is not None and record.step >= early[0])
-            self._rollbacks.answer(record, played_ahead=used)
+            self._rollbacks.answer(record, played_ahead=self._has_played_ahead(record.iteration, record.step))
             return
         t, step, metrics = record.iteration, record.step, record.metrics
         if step == 0:
@@ -325,6 +323,11 @@ class SelfPlay:
         self._snapshots_used.add(version.number - 1)
         self._load(weights)
         self._open(version)
+
+    def _has_played_ahead(self, t: int, step: int) -> bool:
+        """Whether samplers hold, or held, a snapshot of iteration t's training, which has got to `step`."""
+        early = self._overlap.snapshot(t)
+        return t in self._snapshots_used or (early is not None and step >= early[0])
 
     def _probe(self) -> Score:
         prompts = self._prepared.train[: self._config.audit.num_prompts]
