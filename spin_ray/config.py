@@ -31,6 +31,10 @@ class RunConfig:
     """Seed of the order of the data and of the sampler."""
     max_steps: int = 0
     """Stop every iteration after this many optimizer steps, to try a config out; 0: no limit."""
+    keep_pairs_iterations: int = 0
+    """Keep the pairs of this many newest iterations; 0: of all. The newest one's are always needed: the next one replays them."""
+    keep_checkpoints: int = 1
+    """Keep the DeepSpeed checkpoints of this many newest iterations; only the newest is ever used. Models are all kept."""
 
 
 @dataclass
@@ -114,6 +118,9 @@ class SamplerConfig:
     """Answers that one engine writes at the same time."""
     request_timeout_s: float = 1800.0
     """Seconds after which a replica that still owes an answer counts as hanging, and is started anew."""
+    heartbeat_timeout_s: float = 120.0
+    """Seconds without a sign of life of a replica that owes answers, or that its engine is at one step, after which it counts as
+    hanging; 0: only `request_timeout_s` tells."""
     max_restarts: int = 5
     """Restarts of replicas that are put up with within `restart_window_s`; one more stops the run with the first error."""
     restart_window_s: float = 600.0
@@ -182,6 +189,26 @@ class AuditConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What is done about bad numbers."""
+
+    on_divergence: str = "stop"
+    """At a loss or gradient that is not a number: stop the run, or rollback: the iteration's training starts over from theta_t."""
+    max_rollbacks: int = 2
+    """Rollbacks in a run that are put up with; one more stops it."""
+    rollback_lr_factor: float = 0.5
+    """What each rollback multiplies the learning rate by, from there to the end of the run."""
+    num_answers: int = 256
+    """Answers of an iteration after which the opponent is judged by them; an iteration with fewer is not judged."""
+    max_empty_share: float = 0.99
+    """Share of empty ones among them past which the run stops; 1: never."""
+    max_truncated_share: float = 0.99
+    """Share of truncated ones, among as many whose real answer fits into `sampler.max_new_tokens`, past which it stops; 1: never."""
+    max_nll_rise_nats: float = 3.0
+    """How far the held-out negative log-likelihood may rise above the SFT model's, in nats per token, before it stops; 0: any."""
+
+
+@dataclass
 class WandbConfig:
     mode: str = "offline"
     """online, offline or disabled; the environment's WANDB_MODE wins."""
@@ -207,6 +234,7 @@ class Config:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
@@ -236,23 +264,27 @@ CHOICES = {
     "learner.optimizer": ("rmsprop", "adamw"),
     "reference.scorer": ("opponent", "frozen", "learner"),
     "overlap.mode": ("stream", "sequential", "lookahead"),
+    "guard.on_divergence": ("stop", "rollback"),
     "tracking.wandb.mode": ("online", "offline", "disabled"),
 }
 AT_LEAST_ONE = (
     "data.max_prompt_tokens", "data.max_answer_tokens", "spin.num_iterations", "spin.num_epochs", "sft.num_epochs",
     "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.max_new_tokens", "sampler.block_prompts",
     "sampler.max_num_seqs", "sampler.request_timeout_s",
-    "learner.num_workers", "learner.batch_pairs", "learner.pack_tokens", "audit.num_prompts",
+    "learner.num_workers", "learner.batch_pairs", "learner.pack_tokens", "audit.num_prompts", "run.keep_checkpoints", "guard.num_answers",
     "tracking.log_every_steps",
 )
 NOT_NEGATIVE = (
-    "run.max_steps", "data.max_prompts", "data.max_eval_prompts", "spin.nll_weight", "sampler.temperature",
+    "run.max_steps", "run.keep_pairs_iterations", "data.max_prompts", "data.max_eval_prompts", "spin.nll_weight", "sampler.temperature",
     "sampler.gpus_per_replica", "sampler.cpus_per_replica",
-    "sampler.max_restarts", "sampler.restart_window_s", "learner.gpus_per_worker", "learner.cpus_per_worker",
+    "sampler.max_restarts", "sampler.restart_window_s", "sampler.heartbeat_timeout_s", "learner.gpus_per_worker", "learner.cpus_per_worker",
     "learner.weight_decay", "learner.grad_clip", "learner.checkpoint_every_steps", "learner.max_restarts", "audit.tolerance",
+    "guard.max_rollbacks", "guard.max_empty_share", "guard.max_truncated_share", "guard.max_nll_rise_nats",
 )
-RESUME_MAY_CHANGE = ("tracking.", "run.dir")
-"""Keys that say where and how a run is followed, not what it computes."""
+RESUME_MAY_CHANGE = (
+    "tracking.", "run.dir", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers", "sampler.heartbeat_timeout_s",
+)
+"""Keys that say where and how a run is followed, kept and given up, not what it computes."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
@@ -327,6 +359,8 @@ def check(config: Config) -> None:
         raise BadInput(f"learner.warmup_fraction={config.learner.warmup_fraction}: must be in [0, 1)")
     if not 0 < config.sampler.top_p <= 1:
         raise BadInput(f"sampler.top_p={config.sampler.top_p}: must be in (0, 1]")
+    if not 0 < config.guard.rollback_lr_factor < 1:
+        raise BadInput(f"guard.rollback_lr_factor={config.guard.rollback_lr_factor}: must be in (0, 1)")
     if not 0 < config.overlap.lookahead_fraction < 1:
         raise BadInput(f"overlap.lookahead_fraction={config.overlap.lookahead_fraction}: must be in (0, 1)")
     if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":

@@ -36,10 +36,11 @@ from spin_ray.errors import BadInput
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.pairs import PlayPlan, play, write_prompts, write_table
+from spin_ray.guard import FirstAnswers, Rollbacks, check_logps, check_nll
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.messages import Publish, Save, Score, StepRecord, Train, TrainReport
+from spin_ray.learner.messages import Divergence, Publish, Save, Score, StepRecord, Train, TrainReport
 from spin_ray.losses import LOSS_AT_ZERO, spin_loss
 from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
@@ -132,7 +133,8 @@ def start_players(config: Config, run: RunDir, facts: ModelFacts, hardware: Hard
     if checkpoint and not checkpoint.exists():
         raise BadInput(f"{checkpoint}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
     pool = start_opponent(config, model_path, version, hardware, max_model_len=max_model_len, logs=run.logs)
-    learner = Learner(config, hardware, model_path=model_path, logs=run.logs, checkpoint=checkpoint)
+    rollbacks = len(run.marks("rollback"))
+    learner = Learner(config, hardware, model_path=model_path, logs=run.logs, checkpoint=checkpoint, rollbacks=rollbacks)
     yield Players(pool, learner)
     learner.stop()
 
@@ -154,6 +156,9 @@ class SelfPlay:
         self._first, self._last = len(run.marks("iteration")), config.spin.num_iterations
         self._overlap = Overlap(config, prepared.block_sizes, self._first)
         self._timeline = Timeline(run.path)
+        self._rollbacks, self._first_answers = Rollbacks(config, run, self._learner, tracker, terminal), FirstAnswers(config, facts.chat)
+        self._snapshots_used: set[int] = set()
+        """Iterations whose training has a snapshot that played ahead."""
         self._settings = sampling_settings(config, facts.chat)
         self._tokens_per_pair = 2 * float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
         self._steps_before = sum(mark["report"]["num_steps"] for mark in run.marks("iteration"))
@@ -206,7 +211,10 @@ class SelfPlay:
             self._note_played(block, table, count)
 
     def _note_played(self, block: BlockSpec, table: pa.Table, count: _Play) -> None:
-        t = block.iteration
+        t, path = block.iteration, self._run.pairs(block.iteration, block.kind, block.index)
+        check_logps(t, table, path)
+        if block.kind == "block" and (shares := self._first_answers.look(t, table, path)):
+            self._tracker.log("sampler", shares, iteration=t, opponent_version=t)
         count.pairs += len(table)
         count.drawn += 0 if block.kind == "replay" else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
         seconds = time.monotonic() - count.begun
@@ -231,10 +239,13 @@ class SelfPlay:
             wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t), progress_path=str(self._run.progress(t)),
         ))
 
-    def _note(self, record: StepRecord | Span) -> None:
+    def _note(self, record: StepRecord | Span | Divergence) -> None:
         """What the learner's workers have to say while they train."""
         if isinstance(record, Span):
             self._timeline.add([record])
+            return
+        if isinstance(record, Divergence):
+            self._rollbacks.answer(record, played_ahead=self._has_played_ahead(record.iteration, record.step))
             return
         t, step, metrics = record.iteration, record.step, record.metrics
         if step == 0:
@@ -281,9 +292,19 @@ class SelfPlay:
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
         self._steps_before += report.num_steps
         shutil.rmtree(run.progress(t), ignore_errors=True)
-        if t > 0 and run.checkpoint(t - 1).exists():  # only the newest is ever used
-            shutil.rmtree(run.checkpoint(t - 1))
+        self._clear_out(t)
         return training
+
+    def _clear_out(self, t: int) -> None:
+        """Iteration t is marked: remove what no later one needs and the user does not keep. Iteration t + 1 replays t's pairs."""
+        config = self._config.run
+        keep_pairs = config.keep_pairs_iterations or t + 1
+        for folder in (
+            *(self._run.checkpoint(old) for old in range(t + 1 - config.keep_checkpoints)),
+            *(self._run.iteration(old) / "pairs" for old in range(t + 1 - keep_pairs)),
+        ):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def _load(self, weights: PublishedWeights) -> None:
         """Bring new weights to the samplers, once they owe nothing under the old ones."""
@@ -298,8 +319,15 @@ class SelfPlay:
 
     def _play_ahead(self, version: Version) -> None:
         """`lookahead`: a snapshot of the main player opens the next iteration while this one is still trained on."""
-        self._load(self._learner.result(version))
+        weights = self._learner.result(version)
+        self._snapshots_used.add(version.number - 1)
+        self._load(weights)
         self._open(version)
+
+    def _has_played_ahead(self, t: int, step: int) -> bool:
+        """Whether samplers hold, or held, a snapshot of iteration t's training, which has got to `step`."""
+        early = self._overlap.snapshot(t)
+        return t in self._snapshots_used or (early is not None and step >= early[0])
 
     def _probe(self) -> Score:
         prompts = self._prepared.train[: self._config.audit.num_prompts]
@@ -329,7 +357,10 @@ class SelfPlay:
         beside = [self._evaluations[version]]
         self._open(Version(version))
         early = self._overlap.snapshot(version)
-        if early and not all(self._run.pairs(b.iteration, b.kind, b.index).exists() for b in self._overlap.blocks_ahead(version + 1)):
+        played = [self._run.pairs(b.iteration, b.kind, b.index).exists() for b in self._overlap.blocks_ahead(version + 1)] if early else []
+        if any(played):
+            self._snapshots_used.add(version)
+        if early and not all(played):
             beside.append(self._beside(self._play_ahead, early[1]))
         return beside
 
@@ -376,6 +407,9 @@ class SelfPlay:
             self._tracker.log("eval", metrics, opponent_version=version)
             self._run.mark("evaluation", version=version, metrics=metrics)
         self._terminal.row({"model": f"theta_{version}" if version else "SFT", **metrics, **trained})
+        if metrics and version:
+            name = "real_nll_nats_per_token"
+            check_nll(version, metrics[name], marks[0][name], self._config, self._run.model(version - 1))
 
     def _draw_timeline(self) -> None:
         """timeline.png: what both players did when, of all sessions of this run; also where the run failed."""

@@ -38,7 +38,7 @@ class Timeline:
 
     def add(self, spans: Iterable[Span]) -> None:
         spans = list(spans)
-        self._spans += spans
+        self._spans += merged(spans)  # the file has every one; an iteration's thousands of answers need not stay in memory
         file = self._run_path / "timeline.jsonl"
         with readable_disk_errors(file), file.open("a") as lines:
             lines.writelines(json.dumps({"session": self._session, **asdict(span)}) + "\n" for span in spans)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
@@ -25,8 +25,8 @@ from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput, Diverged, RunStopped
 from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
-from spin_ray.learner.coordinator import Base, DriverFailed, Failure, unwrapped
-from spin_ray.learner.messages import Count, Publish, Save, Score, StepRecord, Stop, Train, TrainReport
+from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, unwrapped
+from spin_ray.learner.messages import Count, Divergence, Publish, Save, Score, StepRecord, Stop, Train, TrainReport
 from spin_ray.manifest import flush_folder, readable_disk_errors, replace_folder
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
@@ -47,6 +47,8 @@ class WorkerArgs:
     log_dir: str
     make_player: Callable[[WorkerArgs, Base], Any]
     """Makes the worker's main player; not the real one only in measurements of what is around it."""
+    rollback_lr_factor: float = 1.0
+    """What each rollback multiplies the learning rate by."""
 
 
 def make_main_player(args: WorkerArgs, base: Base) -> Any:
@@ -76,9 +78,9 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
 
     args = loop_config["args"]
     redirect_output(f"{args.log_dir}/learner-{ray.train.get_context().get_world_rank()}.log")
-    base = _join(args.coordinator)
     try:
-        worker, number = Worker(args.make_player(args, base), args), base.first_command
+        joined = _join(args.coordinator)
+        worker, number = Worker(args.make_player(args, joined.base), args, joined), joined.base.first_command
         while not isinstance(command := unwrapped(args.coordinator.command.remote(number)), Stop):
             result = worker.carry_out(command)
             worker.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
@@ -90,20 +92,26 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
         return
 
 
-def _join(coordinator: Any) -> Base:
-    """The base of this group of workers: rank 0 asks, once, and tells the others."""
+class RolledBack(Exception):
+    """Ends a group of workers whose weights are spoilt: Ray Train starts a new one, which joins at theta_t."""
+
+
+def _join(coordinator: Any) -> Joined:
+    """Where this group of workers begins: rank 0 asks, once, and tells the others."""
     import torch.distributed as dist
 
-    base = [ray.get(coordinator.join.remote()) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(base)
-    return base[0]
+    answer = [ray.get(coordinator.join.remote()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Failure):
+        raise DriverFailed
+    return answer[0]
 
 
 class Worker:
     """Carries out commands with a MainPlayer."""
 
-    def __init__(self, player: Any, args: WorkerArgs):
-        self._player, self._args = player, args
+    def __init__(self, player: Any, args: WorkerArgs, joined: Joined):
+        self._player, self._args, self._joined = player, args, joined
         self._coordinator = args.coordinator
         self._iteration = 0
         self._logged: list[Any] = []
@@ -133,7 +141,7 @@ class Worker:
         feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span)
         blocks = self._scored(list(feed) if command.wait_for_all else feed, command.scorer)
         count = self._take_up(command)
-        total_steps = command.num_steps
+        total_steps, peak = command.num_steps, command.lr * self._args.rollback_lr_factor**self._joined.rollbacks
         metrics: dict[str, float] = {}
         snapshot = command.snapshot
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
@@ -144,12 +152,15 @@ class Worker:
             if snapshot and step >= snapshot[0]:  # later only where progress was taken up behind it
                 self.answer(snapshot[1], self._publish(snapshot[1]))
                 snapshot = None
-            lr = learning_rate(step, total_steps, peak=command.lr, warmup_fraction=config.warmup_fraction)
+            lr = learning_rate(step, total_steps, peak=peak, warmup_fraction=config.warmup_fraction)
             pairs, references = [pair for pair, _ in batch], np.array([reference for _, reference in batch])
             begun = time.perf_counter()
             metrics = self._player.step(pairs, references, loss_fn=command.loss_fn, lr=lr, normalizer=command.normalizer(pairs))
             seconds = time.perf_counter() - begun
-            check_numbers(metrics, command.iteration, step, lr, self._args.log_dir)
+            try:
+                check_numbers(metrics, command.iteration, step, lr, self._args.log_dir)
+            except Diverged as error:
+                self._wait_for_rollback(Divergence(self._joined.group, command.iteration, step, error))
             count = count.after(metrics, len(batch))
             self._log(StepRecord(command.iteration, step, total_steps, {
                 **metrics, **staleness(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
@@ -172,10 +183,20 @@ class Worker:
         """Begin the iteration, or go on from the progress that an earlier group of workers saved."""
         self._player.begin_iteration()
         state = Path(command.progress_path) / "count.json" if command.progress_path else None
+        afresh = Count(rollbacks=self._joined.rollbacks)
         if state is None or not state.exists():
-            return Count()
+            return afresh
+        count = Count(**json.loads(state.read_text()))
+        if count.rollbacks != afresh.rollbacks:
+            return afresh  # it is on the way to where the numbers went bad
         self._player.load_checkpoint(Path(command.progress_path))
-        return Count(**json.loads(state.read_text()))
+        return count
+
+    def _wait_for_rollback(self, divergence: Divergence) -> NoReturn:
+        """All ranks see the same numbers, and end together when the driver says so; if it does not, it ends the run."""
+        self._log(divergence)
+        unwrapped(self._coordinator.rolled_back.remote(divergence.group))
+        raise RolledBack(str(divergence.error))
 
     def _save_progress(self, command: Train, count: Count) -> None:
         """Replace the saved progress as a whole; all ranks write into one folder, rank 0 renames it."""

@@ -50,6 +50,10 @@ class Sampler:
         await asyncio.wrap_future(self._engine.score(self._engine.version, [1, 1], [1, 1]))
         return self._engine.version
 
+    async def stuck_s(self) -> float:
+        """The pool's heartbeat: seconds that the engine has been at its present step."""
+        return self._engine.stuck_s()
+
     async def sample(self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings) -> list[Completion]:
         futures = [self._engine.sample(version, prompt, settings) for prompt in prompts]
         return await asyncio.gather(*map(asyncio.wrap_future, futures))

@@ -55,6 +55,11 @@ def test_origins(minimal):
     ("learner.optimizer=sgd", "choose one of rmsprop, adamw"),
     ("overlap.mode=fast", "choose one of stream, sequential, lookahead"),
     ("overlap.lookahead_fraction=1", "must be in (0, 1)"),
+    ("guard.rollback_lr_factor=1", "guard.rollback_lr_factor=1.0: must be in (0, 1)"),
+    ("guard.on_divergence=hope", "choose one of stop, rollback"),
+    ("guard.num_answers=0", "must be at least 1"),
+    ("run.keep_checkpoints=0", "must be at least 1"),
+    ("run.keep_pairs_iterations=-1", "must not be negative"),
     ("model.path=''", "model.path is not set"),
     ("run.name=a/b", "plain folder name"),
     ("beta", "form key=value"),
@@ -83,7 +88,7 @@ def test_differences_ignore_what_does_not_change_the_result(minimal):
     config, _ = load_config(minimal)
     saved = json.loads(to_json(config, "run"))
     assert saved.pop("command") == "run" and differences(config, saved) == []
-    other, _ = load_config(minimal, ["spin.beta=0.2", "tracking.wandb.mode=disabled", "run.dir=/elsewhere"])
+    other, _ = load_config(minimal, ["spin.beta=0.2", "tracking.wandb.mode=disabled", "run.dir=/elsewhere", "guard.max_rollbacks=9", "run.keep_checkpoints=3"])
     assert differences(other, saved) == ["spin.beta: 0.1 -> 0.2"]
 
 
