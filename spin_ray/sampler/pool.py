@@ -157,6 +157,8 @@ class SamplerPool:
         """A heap of (rank, arrival, work)."""
         self._arrivals = itertools.count()
         self._changed = asyncio.Condition()
+        self._turned = asyncio.Condition()
+        """For the hundreds of blocks that wait for their version: a change that is none of theirs does not wake them."""
         self._error: BaseException | None = None
         self._spans: deque[Span] = deque()
         self._tasks: set[asyncio.Task] = set()
@@ -203,11 +205,11 @@ class SamplerPool:
         """Let requests of the present version other than the audit's be answered."""
         assert version == self._version, f"{version} is not loaded, {self._version} is"
         self._released = True
-        await self._note_change()
+        await self._note_change(turned=True)
 
     async def released(self, version: Version) -> None:
         """Wait until requests of this version are answered (or refused: it has gone by)."""
-        await self._until(lambda: (self._released and version == self._version) or version.precedes(self._version))
+        await self._until(lambda: (self._released and version == self._version) or version.precedes(self._version), self._turned)
 
     async def num_restarts(self) -> int:
         """Replicas started anew so far."""
@@ -339,14 +341,18 @@ class SamplerPool:
         """Whether the present version has still to answer something."""
         return any(replica.outstanding for replica in self._replicas) or any(self._may_answer(work) for *_, work in self._waiting)
 
-    async def _note_change(self) -> None:
+    async def _note_change(self, *, turned: bool = False) -> None:
         async with self._changed:
             self._dispatch()
             self._changed.notify_all()
+        if turned or self._error:
+            async with self._turned:
+                self._turned.notify_all()
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._error is not None or condition())
+    async def _until(self, condition: Callable[[], bool], changed: asyncio.Condition | None = None) -> None:
+        changed = changed or self._changed
+        async with changed:
+            await changed.wait_for(lambda: self._error is not None or condition())
         if self._error:
             raise self._error.with_traceback(None)
 
