@@ -5,6 +5,7 @@ Plain class, one instance per rank; every method that touches weights is a colle
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,8 @@ LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 _CHANGES_LOGITS = (
     "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
 )
+
+_REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
 
 
 class MainPlayer:
@@ -249,9 +252,12 @@ class MainPlayer:
         self._engine.save_checkpoint(str(folder), tag="state")
 
     def load_checkpoint(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise BadInput(f"{folder}: this checkpoint cannot be loaded ({' '.join(str(error).split())[:200]}); {_REMEDY}") from error
         if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no complete checkpoint")
+            raise BadInput(f"{folder}: DeepSpeed found no complete checkpoint; {_REMEDY}")
 
 
 def _refuse_unsupported(config: Any, name: str) -> None:

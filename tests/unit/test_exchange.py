@@ -15,9 +15,10 @@ from spin_ray.errors import BadInput
 from spin_ray.exchange import pairs as exchange
 from spin_ray.exchange.audit import Audit, AuditError, FirstLossError, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.weights import from_bucket, to_bucket
-from spin_ray.manifest import RunDir, written_whole
+from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Pair, Prompt, Version, from_table, to_table
+from spin_ray.storage import written_whole
 
 
 def same(left, right):
