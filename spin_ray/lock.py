@@ -92,6 +92,8 @@ def _wait_for_silence(storage: Disk, path: Path, to_user: TextIO) -> None:
     seen, ends = _owner(storage, path), time.monotonic() + SILENT_S
     if seen is None or seen.is_dead():
         return
+    if seen.machine == _this_machine():
+        raise _refusal(storage, path, seen)
     print(f"spin-ray: {storage.name(path.parent)}: waiting {SILENT_S:g} s for a sign of life of {seen}", file=to_user, flush=True)
     while time.monotonic() < ends:
         time.sleep(SILENT_S / 60)
