@@ -332,5 +332,5 @@ def readable_disk_errors(path: Path) -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         raise BadInput(
-            f"{path}: cannot be written: {error.strerror or error}; make room or change run.dir, then run the same command: {_KEPT}"
+            f"{path}: cannot be written: {error.strerror or error}; make room or change run.dir (or run.scratch), then run the same command: {_KEPT}"
         ) from error

@@ -12,6 +12,9 @@ import psutil
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem
 from test_run import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spin_ray.storage import ObjectStore
 
 NUM_PROMPTS = 320
 
@@ -68,17 +71,11 @@ def test_killed_run_goes_on_from_the_store_alone(object_store, tmp_path):
     again = start(url, tmp_path / "third")
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and f"{shown} is finished" in output
-    load_model(store, f"{base}/iter_000/model", tmp_path / "model")
+    reader = ObjectStore(url, tmp_path / "reader")
+    model = reader.fetch(tmp_path / "reader/far/iter_000/model")
+    assert AutoModelForCausalLM.from_pretrained(model).num_parameters() > 0 and AutoTokenizer.from_pretrained(model).chat_template
 
 
 def files_below(store: FileSystem, folder: str) -> list[str]:
     infos = store.get_file_info(FileSelector(folder, recursive=True, allow_not_found=True))
     return [info.path for info in infos if info.is_file]
-
-
-def load_model(store: FileSystem, key: str, folder) -> None:
-    from pyarrow.fs import LocalFileSystem, copy_files
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    copy_files(key, str(folder), source_filesystem=store, destination_filesystem=LocalFileSystem())
-    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0 and AutoTokenizer.from_pretrained(folder).chat_template

@@ -112,6 +112,8 @@ def test_only_one_process_works_on_a_run_and_leftovers_are_removed(tmp_path):
         assert not (run.path / ".model.123.tmp").exists()
         with pytest.raises(BadInput, match="another process is working on this run"), run.locked():
             pass
+        with pytest.raises(BadInput, match="another process is working on this run"):
+            RunDir.open(config(tmp_path, seed=1), "run")  # nor may it put its config in place of the owner's
     with run.locked():
         pass
 
