@@ -55,7 +55,7 @@ class RunDir:
 
     def _take_up(self, config: Config, command: str) -> None:
         saved = self.storage.fetch(self.path / "config.json")
-        before = _parse(saved.read_text(), saved) if saved.exists() else {}
+        before = _parse(saved.read_bytes(), saved) if saved.exists() else {}
         other_command = before.pop("command", command) != command
         changed = [f"command: now {command}"] * other_command + (differences(config, before) if before else [])
         if changed and (self.storage.exists(self.iteration(0)) or self.storage.exists(self.path / "model")):
@@ -93,10 +93,14 @@ class RunDir:
         return self.path / "logs"
 
     def prompts(self, block: int) -> Path:
-        return self.path / "prompts" / f"block_{block:05d}.parquet"
+        return self.prepared() / f"block_{block:05d}.parquet"
 
     def heldout(self) -> Path:
-        return self.path / "prompts" / "heldout.parquet"
+        return self.prepared() / "heldout.parquet"
+
+    def prepared(self) -> Path:
+        """All prompts."""
+        return self.path / "prompts"
 
     def pairs(self, iteration: int, kind: str, block: int) -> Path:
         """`kind` is "block" for pairs sampled in this iteration, "replay" for re-scored ones of the iteration before."""
@@ -148,13 +152,13 @@ class RunDir:
     def marks(self, stage: str) -> list[dict[str, Any]]:
         """Lines of this stage, oldest first; a line cut by a crash is not believed."""
         manifest = self.path / "manifest.jsonl"
-        lines = manifest.read_text().splitlines(keepends=True) if manifest.exists() else []
-        entries = [_parse(line, manifest) for line in lines if line.endswith("\n")]
+        lines = manifest.read_bytes().splitlines(keepends=True) if manifest.exists() else []
+        entries = [_parse(line, manifest) for line in lines if line.endswith(b"\n")]
         return [entry for entry in entries if entry["stage"] == stage]
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise BadInput(f"{path}: damaged since this run wrote it ({error}); put the file back, or start a new run") from error

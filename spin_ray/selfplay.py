@@ -95,8 +95,9 @@ def prepare(config: Config, run: RunDir, facts: ModelFacts, terminal: Terminal) 
     marks = run.marks("prepared")
     if marks:
         sizes = marks[0]["block_sizes"]
-        train = [prompt for index in range(len(sizes)) for prompt in read_prompts(run.storage.fetch(run.prompts(index)))]
-        return Prepared(train, read_prompts(run.storage.fetch(run.heldout())), sizes)
+        run.storage.fetch(run.prepared())
+        train = [prompt for index in range(len(sizes)) for prompt in read_prompts(run.prompts(index))]
+        return Prepared(train, read_prompts(run.heldout()), sizes)
     data = config.data
     train, counts = load_prompts(data.train, data, facts.chat, seed=config.run.seed, limit=data.max_prompts)
     heldout, heldout_counts = [], {}
@@ -106,7 +107,8 @@ def prepare(config: Config, run: RunDir, facts: ModelFacts, terminal: Terminal) 
     if data.eval:
         terminal.say(counted(data.eval, heldout_counts))
     sizes = write_prompts(run, train, config.sampler.block_prompts)
-    write_table(run.heldout(), to_table(heldout, PROMPT_SCHEMA), run.storage)
+    write_table(run.heldout(), to_table(heldout, PROMPT_SCHEMA))
+    run.storage.publish(run.prepared())
     run.mark("prepared", block_sizes=sizes, train=counts, heldout=heldout_counts)
     return Prepared(train, heldout, sizes)
 

@@ -28,7 +28,7 @@ import pyarrow.fs as pafs
 from spin_ray.config import Config
 from spin_ray.errors import BadInput
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ESTALE)
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _KEPT = "everything finished so far is kept"
 
@@ -53,7 +53,7 @@ class Disk:
 
     def remove(self, path: Path) -> None:
         """Remove a file or a folder that may not be there."""
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     @contextmanager
     def written(self, path: Path) -> Iterator[Path]:
@@ -332,5 +332,6 @@ def readable_disk_errors(path: Path) -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         raise BadInput(
-            f"{path}: cannot be written: {error.strerror or error}; make room or change run.dir (or run.scratch), then run the same command: {_KEPT}"
+            f"{path}: cannot be written: {error.strerror or error}; make room or change run.dir (or run.scratch), then run the same "
+            f"command: {_KEPT}"
         ) from error

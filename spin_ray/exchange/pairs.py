@@ -50,7 +50,7 @@ def write_prompts(run: RunDir, prompts: Sequence[Prompt], block_prompts: int) ->
     """Cut the prepared prompts into blocks on disk; returns the blocks' sizes."""
     parts = [prompts[start : start + block_prompts] for start in range(0, len(prompts), block_prompts)]
     for index, part in enumerate(parts):
-        write_table(run.prompts(index), to_table(part, PROMPT_SCHEMA), run.storage)
+        write_table(run.prompts(index), to_table(part, PROMPT_SCHEMA))
     return [len(part) for part in parts]
 
 

@@ -214,6 +214,15 @@ def test_a_damaged_model_is_never_loaded(tmp_path):
         run.check_model(0)
 
 
+def test_damaged_prompts_are_named(tmp_path):
+    path = tmp_path / "block.parquet"
+    exchange.write_table(path, to_table([Prompt(0, np.array([1, 2], np.int32), np.array([3], np.int32), "x")], PROMPT_SCHEMA))
+    assert len(exchange.read_prompts(path)) == 1
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"block\.parquet: these prompts are damaged .*must be put back"):
+        exchange.read_prompts(path)
+
+
 def test_bench_overlap_compares_pairs_one_by_one(tmp_path, make_pairs):
     pairs = make_pairs(4)
     for name, changed in (("a", pairs), ("b", [*pairs[:3], dataclasses.replace(pairs[3], generated_ids=pairs[3].generated_ids + 1)])):
