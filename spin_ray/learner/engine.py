@@ -5,7 +5,6 @@ Plain class, one instance per rank; every method that touches weights is a colle
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,7 +33,6 @@ LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 _CHANGES_LOGITS = (
     "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
 )
-
 _REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
 
 
@@ -254,8 +252,9 @@ class MainPlayer:
     def load_checkpoint(self, folder: Path) -> None:
         try:
             path, _ = self._engine.load_checkpoint(str(folder), tag="state")
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise BadInput(f"{folder}: this checkpoint cannot be loaded ({' '.join(str(error).split())[:200]}); {_REMEDY}") from error
+        except Exception as error:  # torch and DeepSpeed raise half a dozen unrelated types for a damaged file
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise BadInput(f"{folder}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error
         if path is None:
             raise BadInput(f"{folder}: DeepSpeed found no complete checkpoint; {_REMEDY}")
 
