@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,7 +28,10 @@ class RunConfig:
     name: str = "spin"
     """Name of the run: its folder and its W&B run."""
     dir: str = "runs"
-    """Folder that holds the run's folder; on several nodes a path they all see."""
+    """Folder that holds the run's folder; on several nodes a path they all see, or a URL: s3://bucket/runs, gs://, whatever
+    pyarrow or fsspec knows. Credentials are the environment's, never part of it."""
+    scratch: str = "~/.cache/spin_ray"
+    """If run.dir is a URL: a folder on every node for what is on its way to or from there. May be deleted between runs."""
     seed: int = 0
     """Seed of the order of the data and of the sampler."""
     max_steps: int = 0
@@ -238,8 +243,17 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
+    def on_object_store(self) -> bool:
+        return "://" in self.run.dir
+
+    @property
     def run_path(self) -> Path:
-        return Path(self.run.dir).expanduser().absolute() / self.run.name
+        """The run's folder; on an object store the one that stands for it on every node."""
+        if self.on_object_store:
+            place = Path(self.run.scratch).expanduser().absolute() / hashlib.sha256(self.run.dir.encode()).hexdigest()[:16]
+        else:
+            place = Path(self.run.dir).expanduser().absolute()
+        return place / self.run.name
 
     def beta(self, iteration: int) -> float:
         return _one_of(self.spin.beta, iteration)
@@ -282,9 +296,12 @@ NOT_NEGATIVE = (
     "guard.max_rollbacks", "guard.max_empty_share", "guard.max_truncated_share", "guard.max_nll_rise_nats",
 )
 RESUME_MAY_CHANGE = (
-    "tracking.", "run.dir", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers", "sampler.heartbeat_timeout_s",
+    "tracking.", "run.dir", "run.scratch", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers",
+    "sampler.heartbeat_timeout_s",
 )
 """Keys that say where and how a run is followed, kept and given up, not what it computes."""
+SECRET_WORDS = ("key", "secret", "token", "password", "sig", "credential")
+"""A URL's query must have none of them in its names."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
@@ -378,6 +395,22 @@ def check(config: Config) -> None:
         )
     if not config.run.name or "/" in config.run.name:
         raise BadInput(f"run.name={config.run.name!r}: must be a plain folder name")
+    if config.on_object_store:
+        _check_url(config.run.dir)
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    secrets = [key for key in parse_qs(parts.query, keep_blank_values=True) if any(word in key.lower() for word in SECRET_WORDS)]
+    in_s3 = parts.scheme.startswith("s3") and ("@" in url.partition("?")[0] or ":" in parts.netloc)  # a secret may hold a slash
+    if secrets or in_s3 or parts.password is not None:
+        what = ", ".join(secrets) or "a user or a password"
+        raise BadInput(
+            f"run.dir={parts.scheme}://...: holds credentials ({what}), which would be saved with the run and logged; "
+            "leave them to the environment, such as AWS_PROFILE, or to the machine's role"
+        )
+    if parts.scheme == "file":
+        raise BadInput(f"run.dir={url}: give a path on a disk without file://")
 
 
 def _check_schedule(key: str, value: Any, num_iterations: int) -> None:

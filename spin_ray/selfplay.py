@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -25,7 +24,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from spin_ray.background import in_background
@@ -35,18 +33,18 @@ from spin_ray.data import counted, load_prompts
 from spin_ray.errors import BadInput
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
-from spin_ray.exchange.pairs import PlayPlan, play, write_prompts, write_table
+from spin_ray.exchange.pairs import PlayPlan, play, read_prompts, write_prompts, write_table
 from spin_ray.guard import FirstAnswers, Rollbacks, check_logps, check_nll
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import Learner, follow
 from spin_ray.learner.messages import Divergence, Publish, Save, Score, StepRecord, Train, TrainReport
 from spin_ray.losses import LOSS_AT_ZERO, spin_loss
-from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
+from spin_ray.manifest import RunDir
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.overlap import BlockSpec, Overlap
 from spin_ray.placement import Hardware
-from spin_ray.records import PROMPT_SCHEMA, Prompt, PublishedWeights, Span, Version, from_table, real_only, to_table
+from spin_ray.records import PROMPT_SCHEMA, Prompt, PublishedWeights, Span, Version, real_only, to_table
 from spin_ray.sampler.pool import AUDIT, sampling_settings, start_opponent
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -65,9 +63,9 @@ def run_spin(config: Config) -> None:
 
 
 def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
-    last_model = run.model(config.spin.num_iterations - 1)
+    last_model = run.storage.name(run.model(config.spin.num_iterations - 1))
     if run.marks("finished"):
-        terminal.say(f"{run.path} is finished; the model is {last_model}")
+        terminal.say(f"{run} is finished; the model is {last_model}")
         return
     facts = inspect_model(config)
     prepared = prepare(config, run, facts, terminal)
@@ -77,7 +75,7 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
         interrupts = Interrupts()
         interrupts.listen()
         blocks = len(prepared.block_sizes)
-        terminal.say(f"{run.path}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
+        terminal.say(f"{run}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
         players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len))
         with Tracker(config, run.path) as tracker, terminal:
             SelfPlay(config, run, facts, prepared, hardware, players, tracker, terminal, interrupts).play()
@@ -98,8 +96,9 @@ def prepare(config: Config, run: RunDir, facts: ModelFacts, terminal: Terminal) 
     marks = run.marks("prepared")
     if marks:
         sizes = marks[0]["block_sizes"]
-        train = [prompt for index in range(len(sizes)) for prompt in from_table(pq.read_table(run.prompts(index)), Prompt)]
-        return Prepared(train, from_table(pq.read_table(run.heldout()), Prompt), sizes)
+        run.storage.fetch(run.prepared())
+        train = [prompt for index in range(len(sizes)) for prompt in read_prompts(run.prompts(index))]
+        return Prepared(train, read_prompts(run.heldout()), sizes)
     data = config.data
     train, counts = load_prompts(data.train, data, facts.chat, seed=config.run.seed, limit=data.max_prompts)
     heldout, heldout_counts = [], {}
@@ -110,6 +109,7 @@ def prepare(config: Config, run: RunDir, facts: ModelFacts, terminal: Terminal) 
         terminal.say(counted(data.eval, heldout_counts))
     sizes = write_prompts(run, train, config.sampler.block_prompts)
     write_table(run.heldout(), to_table(heldout, PROMPT_SCHEMA))
+    run.storage.publish(run.prepared())
     run.mark("prepared", block_sizes=sizes, train=counts, heldout=heldout_counts)
     return Prepared(train, heldout, sizes)
 
@@ -130,11 +130,14 @@ def start_players(config: Config, run: RunDir, facts: ModelFacts, hardware: Hard
     model_path = str(run.model(version - 1)) if version else facts.path
     # In float32 the exported model is exact; a bfloat16 one lacks its float32 masters.
     checkpoint = run.checkpoint(version - 1) if version and hardware.dtype == "bfloat16" else None
-    if checkpoint and not checkpoint.exists():
-        raise BadInput(f"{checkpoint}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
-    pool = start_opponent(config, model_path, version, hardware, max_model_len=max_model_len, logs=run.logs)
-    rollbacks = len(run.marks("rollback"))
-    learner = Learner(config, hardware, model_path=model_path, logs=run.logs, checkpoint=checkpoint, rollbacks=rollbacks)
+    if checkpoint and not run.storage.exists(checkpoint):
+        where = run.storage.name(checkpoint)
+        raise BadInput(f"{where}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
+    pool = start_opponent(config, model_path, version, hardware, max_model_len=max_model_len, logs=run.logs, storage=run.storage)
+    learner = Learner(
+        config, hardware, model_path=model_path, logs=run.logs, checkpoint=checkpoint, rollbacks=len(run.marks("rollback")),
+        storage=run.storage,
+    )
     yield Players(pool, learner)
     learner.stop()
 
@@ -274,24 +277,24 @@ class SelfPlay:
         posted: list[int] = []
         moved = False
         while not moved:
-            with readable_disk_errors(run.iteration(t)), written_whole(run.model(t)) as model, \
-                    written_whole(run.checkpoint(t)) as checkpoint:
-                if not posted:
-                    commands = Publish(Version(version)), Save(str(model), str(checkpoint)), self._probe()
-                    posted = [learner.post(command) for command in commands]
-                    training = self._post_training(version)
-                publish, save, probe = posted
-                group = None
-                while group != (group := learner.group()):  # again until one and the same group has answered it all
-                    self._load(learner.result(publish))
-                    learner.result(save)
-                    audit = self._audit(Version(version), probe)
+            if not posted:
+                commands = Publish(Version(version)), Save(str(run.model(t)), str(run.checkpoint(t))), self._probe()
+                posted = [learner.post(command) for command in commands]
+                training = self._post_training(version)
+            publish, save, probe = posted
+            group = None
+            while group != (group := learner.group()):  # again until one and the same group has answered it all
+                self._load(learner.result(publish))
+                learner.result(save)
+                audit = self._audit(Version(version), probe)
+            run.storage.commit(run.model(t))
+            run.storage.commit(run.checkpoint(t))
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
             moved = learner.move_base(Base(str(run.model(t)), masters, first_command=probe + 1, iteration=version), group)
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
         self._steps_before += report.num_steps
-        shutil.rmtree(run.progress(t), ignore_errors=True)
+        run.storage.remove(run.progress(t))
         self._clear_out(t)
         return training
 
@@ -303,8 +306,7 @@ class SelfPlay:
             *(self._run.checkpoint(old) for old in range(t + 1 - config.keep_checkpoints)),
             *(self._run.iteration(old) / "pairs" for old in range(t + 1 - keep_pairs)),
         ):
-            if folder.exists():
-                shutil.rmtree(folder)
+            self._run.storage.remove(folder)
 
     def _load(self, weights: PublishedWeights) -> None:
         """Bring new weights to the samplers, once they owe nothing under the old ones."""
@@ -357,7 +359,7 @@ class SelfPlay:
         beside = [self._evaluations[version]]
         self._open(Version(version))
         early = self._overlap.snapshot(version)
-        played = [self._run.pairs(b.iteration, b.kind, b.index).exists() for b in self._overlap.blocks_ahead(version + 1)] if early else []
+        played = [self._run.has_pairs(b.iteration, b.kind, b.index) for b in self._overlap.blocks_ahead(version + 1)] if early else []
         if any(played):
             self._snapshots_used.add(version)
         if early and not all(played):

@@ -16,7 +16,7 @@ from spin_ray.interrupt import Interrupts
 from spin_ray.learner.group import Learner, follow
 from spin_ray.learner.messages import Divergence, Save, StepRecord, Train
 from spin_ray.losses import sft_loss
-from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
+from spin_ray.manifest import RunDir
 from spin_ray.model import inspect_model, longest_sequence
 from spin_ray.records import PAIR_SCHEMA, Pair, real_only, to_table
 from spin_ray.system import ray_cluster
@@ -33,7 +33,7 @@ def run_sft(config: Config) -> None:
 
 def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     if run.marks("finished"):
-        terminal.say(f"{run.path} is finished; the model is {run.path / 'model'}")
+        terminal.say(f"{run} is finished; the model is {run}/model")
         return
     facts = inspect_model(config)
     prompts, counts = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
@@ -42,7 +42,9 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     interrupts = Interrupts()
     with ray_cluster(config, samplers=False) as hardware:
         interrupts.listen()
-        learner = Learner(config, hardware, model_path=facts.path, logs=run.logs, rollbacks=len(run.marks("rollback")))
+        learner = Learner(
+            config, hardware, model_path=facts.path, logs=run.logs, rollbacks=len(run.marks("rollback")), storage=run.storage
+        )
         tracker = Tracker(config, run.path)
         ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(to_table([real_only(prompt, 0) for prompt in prompts], PAIR_SCHEMA))]))
         begun = time.monotonic()
@@ -54,11 +56,11 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
             ))
             rollbacks = Rollbacks(config, run, learner, tracker, terminal)
             follow(learner, number, functools.partial(_note, tracker, terminal, rollbacks), interrupts)
-            with readable_disk_errors(run.path), written_whole(run.path / "model") as model:
-                learner.run(Save(str(model)))
+            learner.run(Save(str(run.path / "model")))
+            run.storage.commit(run.path / "model")
         learner.stop()
     run.mark("finished")
-    terminal.say(f"finished in {time.monotonic() - begun:.0f} s: the model is {run.path / 'model'}")
+    terminal.say(f"finished in {time.monotonic() - begun:.0f} s: the model is {run}/model")
 
 
 def num_real_tokens(batch: list[Pair]) -> float:

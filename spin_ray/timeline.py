@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from spin_ray.manifest import readable_disk_errors
 from spin_ray.records import Span
+from spin_ray.storage import readable_disk_errors
 
 COLOURS = {
     "train": "#2a7f4f", "score": "#8fc7a4", "play": "#2f6db3", "evaluate": "#a9c6e8", "audit": "#7d5ba6",

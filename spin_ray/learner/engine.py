@@ -33,6 +33,7 @@ LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 _CHANGES_LOGITS = (
     "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
 )
+_REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
 
 
 class MainPlayer:
@@ -253,9 +254,13 @@ class MainPlayer:
         self._engine.save_checkpoint(str(folder), tag="state")
 
     def load_checkpoint(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        except Exception as error:  # torch and DeepSpeed raise half a dozen unrelated types for a damaged file
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise BadInput(f"{folder}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error
         if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no complete checkpoint")
+            raise BadInput(f"{folder}: DeepSpeed found no complete checkpoint; {_REMEDY}")
 
 
 def _refuse_unsupported(config: Any, name: str) -> None:

@@ -63,10 +63,8 @@ class FakePlayer:
 
     def export(self, folder: Path, bucket_bytes: int) -> None:
         if self.rank == 0:
-            folder.mkdir()
             (folder / "fake").touch()
 
     def save_checkpoint(self, folder: Path) -> None:
         if self.rank == 0:
-            folder.mkdir()
             (folder / "fake").touch()

@@ -21,6 +21,7 @@ from spin_ray.learner.coordinator import Base, Coordinator, Failure
 from spin_ray.learner.loop import WorkerArgs, make_main_player, run_worker
 from spin_ray.learner.messages import Stop, TrainReport
 from spin_ray.placement import Hardware
+from spin_ray.storage import DISK, Disk
 
 
 class Learner:
@@ -31,7 +32,7 @@ class Learner:
 
     def __init__(
         self, config: Config, hardware: Hardware, *, model_path: str, logs: Path, checkpoint: Path | None = None,
-        rollbacks: int = 0, make_player: Callable[[WorkerArgs, Base], Any] = make_main_player,
+        rollbacks: int = 0, storage: Disk = DISK, make_player: Callable[[WorkerArgs, Base], Any] = make_main_player,
     ):
         """`rollbacks`: those of the run's earlier sessions."""
         base = Base(model_path, str(checkpoint) if checkpoint else None)
@@ -40,10 +41,11 @@ class Learner:
         )
         self._args = WorkerArgs(
             coordinator=self.coordinator, config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code,
-            seed=config.run.seed, log_dir=str(logs), make_player=make_player, rollback_lr_factor=config.guard.rollback_lr_factor,
+            seed=config.run.seed, log_dir=str(logs), storage=storage, make_player=make_player,
+            rollback_lr_factor=config.guard.rollback_lr_factor,
         )
         self._max_failures = config.learner.max_restarts + config.guard.max_rollbacks  # the coordinator tells them apart
-        self._storage = logs / "ray_train"
+        self._ray_train = logs / "ray_train"
         self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)
         self._thread.start()
 
@@ -100,7 +102,7 @@ class Learner:
                 resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
             ),
             run_config=ray.train.RunConfig(
-                storage_path=str(self._storage.parent), name=self._storage.name,
+                **self._args.storage.for_ray_train(self._ray_train.parent), name=self._ray_train.name,
                 failure_config=ray.train.FailureConfig(max_failures=self._max_failures),
                 callbacks=[_TellCoordinator(self.coordinator, self._args.log_dir)],
             ),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,9 @@ from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
 from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, unwrapped
 from spin_ray.learner.messages import Count, Divergence, Publish, Save, Score, StepRecord, Stop, Train, TrainReport
-from spin_ray.manifest import flush_folder, readable_disk_errors, replace_folder
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
+from spin_ray.storage import Disk, readable_disk_errors
 
 Example = tuple[Pair, np.ndarray]
 """A pair with its references: log p of the real and of the generated answer under theta_t, [2] float64, summed, in nats."""
@@ -45,6 +44,8 @@ class WorkerArgs:
     trust_remote_code: bool
     seed: int
     log_dir: str
+    storage: Disk
+    """Where what the workers write lies for good."""
     make_player: Callable[[WorkerArgs, Base], Any]
     """Makes the worker's main player; not the real one only in measurements of what is around it."""
     rollback_lr_factor: float = 1.0
@@ -62,9 +63,10 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     torch.manual_seed(args.seed)
     if args.hardware.device == "cuda":
         torch.cuda.set_device(ray.train.torch.get_device())
-    player = MainPlayer(base.model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
+    model_path = str(args.storage.fetch(Path(base.model_path)))
+    player = MainPlayer(model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
     if base.checkpoint_path:
-        player.load_checkpoint(Path(base.checkpoint_path))
+        player.load_checkpoint(args.storage.fetch(Path(base.checkpoint_path)))
     return player
 
 
@@ -116,6 +118,8 @@ class Worker:
         self._iteration = 0
         self._logged: list[Any] = []
         self._interrupted = False
+        self._steps_saved = 0
+        """Optimizer steps of the progress that is saved, 0 if none is."""
 
     def carry_out(self, command: Any) -> Any:
         match command:
@@ -182,14 +186,18 @@ class Worker:
     def _take_up(self, command: Train) -> Count:
         """Begin the iteration, or go on from the progress that an earlier group of workers saved."""
         self._player.begin_iteration()
-        state = Path(command.progress_path) / "count.json" if command.progress_path else None
+        self._steps_saved = 0
         afresh = Count(rollbacks=self._joined.rollbacks)
-        if state is None or not state.exists():
+        if command.progress_path is None:
             return afresh
-        count = Count(**json.loads(state.read_text()))
+        state = self._args.storage.fetch(_progress(command)[0])
+        if not state.exists():
+            return afresh
+        count = _read_count(state)
+        self._steps_saved = count.steps
         if count.rollbacks != afresh.rollbacks:
             return afresh  # it is on the way to where the numbers went bad
-        self._player.load_checkpoint(Path(command.progress_path))
+        self._player.load_checkpoint(self._args.storage.fetch(_progress(command, count.steps)[1]))
         return count
 
     def _wait_for_rollback(self, divergence: Divergence) -> NoReturn:
@@ -199,20 +207,31 @@ class Worker:
         raise RolledBack(str(divergence.error))
 
     def _save_progress(self, command: Train, count: Count) -> None:
-        """Replace the saved progress as a whole; all ranks write into one folder, rank 0 renames it."""
-        path = Path(command.progress_path)
-        temporary = path.parent / f".{path.name}.tmp"
-        with self._span("save"), readable_disk_errors(path):
-            if self._player.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            self.wait_for_all_ranks()
-            self._player.save_checkpoint(temporary)
+        """Save the player as it is. `count.json` says which folder is believed: a save that is cut short changes nothing."""
+        storage, state, folder = self._args.storage, *_progress(command, count.steps)
+        with self._span("save"):
+            self._write_folder(folder, self._player.save_checkpoint)
             self.wait_for_all_ranks()
             if self._player.rank == 0:
-                (temporary / "count.json").write_text(json.dumps(asdict(count)))
-                flush_folder(temporary)
-                replace_folder(temporary, path)
+                storage.commit(folder)
+                with storage.written(state) as file:
+                    file.write_text(json.dumps(asdict(count)))
+                if self._steps_saved not in (0, count.steps):  # equal: from before a rollback, and replaced
+                    storage.remove(_progress(command, self._steps_saved)[1])
+        self._steps_saved = count.steps
+
+    def _write_folder(self, path: Path, write: Callable[[Path], None]) -> None:
+        """All ranks write into the draft of a folder, which is left to be committed."""
+        storage = self._args.storage
+        leads = storage.leads(self._player.rank, int(os.environ["LOCAL_RANK"]))
+        with readable_disk_errors(path):
+            if leads:
+                storage.prepare(path)
+            self.wait_for_all_ranks()
+            write(storage.draft(path))
+            self.wait_for_all_ranks()
+            if leads:
+                storage.upload(path)
 
     def _scored(self, blocks: Iterable[list[Pair]], scorer: str) -> Iterator[list[Example]]:
         """The blocks with the references of their pairs: the opponent's, or the learner's own under theta_t.
@@ -259,14 +278,22 @@ class Worker:
     def _save(self, command: Save) -> None:
         from spin_ray.exchange.weights import BUCKET_BYTES
 
-        with readable_disk_errors(Path(command.model_path)):
-            if self._player.rank == 0:
-                for path in filter(None, (command.model_path, command.checkpoint_path)):
-                    shutil.rmtree(path, ignore_errors=True)  # what a worker left that died while it wrote
-            self.wait_for_all_ranks()
-            self._player.export(Path(command.model_path), BUCKET_BYTES)
-            if command.checkpoint_path:
-                self._player.save_checkpoint(Path(command.checkpoint_path))
+        self._write_folder(Path(command.model_path), lambda folder: self._player.export(folder, BUCKET_BYTES))
+        if command.checkpoint_path:
+            self._write_folder(Path(command.checkpoint_path), self._player.save_checkpoint)
+
+
+def _progress(command: Train, steps: int = 0) -> tuple[Path, Path]:
+    """The progress of an iteration: the file that says how far it is, and the folder of the player after so many steps."""
+    folder = Path(command.progress_path)
+    return folder / "count.json", folder / f"step_{steps}"
+
+
+def _read_count(state: Path) -> Count:
+    try:
+        return Count(**json.loads(state.read_text()))
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{state}: damaged ({error}); remove its folder to begin the iteration's training again") from error
 
 
 def check_numbers(metrics: dict[str, float], iteration: int, step: int, lr: float, log_dir: str) -> None:

@@ -103,7 +103,7 @@ class Publish:
 
 @dataclass(frozen=True)
 class Save:
-    """Write the HF folder and, if it has a path, the DeepSpeed checkpoint; the caller gives temporary names."""
+    """Write the HF folder and, if it has a path, the DeepSpeed checkpoint; the caller commits them."""
 
     model_path: str
     checkpoint_path: str | None = None

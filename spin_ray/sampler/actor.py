@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spin_ray.chatter import redirect_output
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
+from spin_ray.storage import DISK, Disk
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class SamplerArgs:
     log_path: str
     engine: Mapping[str, Any]
     env: Mapping[str, str]
+    storage: Disk = DISK
+    """What brings the run's own models to this node."""
 
 
 class Sampler:
@@ -39,8 +43,10 @@ class Sampler:
         os.environ.update(args.env)
         from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
 
+        self._storage = args.storage
+        model_path = str(self._storage.fetch(Path(args.model_path)))
         self._engine = OpponentEngine(
-            args.model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
+            model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
         )
 
     async def ready(self) -> Version:
@@ -67,15 +73,18 @@ class Sampler:
         """Load a published version in place; returns the seconds it took, waiting for answers under way not counted."""
         started: list[float] = []
         buckets = await asyncio.gather(*weights.buckets)  # here, not in the engine's thread: lost weights do not break an engine
-        await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, started)))
+        folder = await asyncio.to_thread(self._storage.fetch, Path(weights.saved_at)) if weights.saved_at else None
+        await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, folder, started)))
         return time.perf_counter() - started[0]
 
     @staticmethod
-    def _tensors(weights: PublishedWeights, buckets: Sequence[Any], started: list[float]) -> Iterator[tuple[str, Any]]:
+    def _tensors(
+        weights: PublishedWeights, buckets: Sequence[Any], folder: Path | None, started: list[float]
+    ) -> Iterator[tuple[str, Any]]:
         from spin_ray.exchange.weights import from_bucket, from_folder
 
         started.append(time.perf_counter())
-        if weights.saved_at:
-            yield from from_folder(weights.saved_at, weights.tied_names)
+        if folder:
+            yield from from_folder(folder, weights.tied_names)
         for bucket in buckets:
             yield from from_bucket(bucket, weights.tied_names)

@@ -41,6 +41,7 @@ from spin_ray.errors import EngineFailed, WrongVersion, in_one_line
 from spin_ray.placement import Hardware
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
+from spin_ray.storage import DISK, Disk
 
 AUDIT, PLAY, EVALUATE = 0, 1, 2
 """Urgency of a request: the audit is answered before its version is released, evaluation only fills what play leaves free."""
@@ -49,7 +50,9 @@ CHUNK = 16
 """Prompts handed to a replica at a time: small, so that a long-tailed block spreads over all."""
 
 
-def start_opponent(config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path) -> Any:
+def start_opponent(
+    config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path, storage: Disk = DISK
+) -> Any:
     """Start all replicas with theta_version from `model_path` and return the pool's actor handle at once, while they load."""
     settings = {
         "tensor_parallel_size": config.sampler.tensor_parallel_size, "max_num_seqs": config.sampler.max_num_seqs,
@@ -63,6 +66,7 @@ def start_opponent(config: Config, model_path: str, version: int, hardware: Hard
             model_path=model_path, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
             seed=config.run.seed + 1000 * version + replica,  # a resumed run must not draw its first iteration's numbers again
             log_path=str(logs / f"sampler-{replica}.log"), engine=settings, env=hardware.sampler_env,
+            storage=storage,
         ))
         for replica in range(config.sampler.num_replicas)
     ]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.config import LearnerConfig
+from spin_ray.errors import BadInput
 from spin_ray.learner.engine import MainPlayer
 from spin_ray.losses import spin_loss
 from spin_ray.placement import Hardware
@@ -42,6 +43,22 @@ def references(pairs: list[Pair]) -> np.ndarray:
     return np.array([opponent_reference(pair) for pair in pairs])
 
 
+def damage(player: MainPlayer, checkpoint: Path) -> list[str]:
+    """What the player says to each of the checkpoint's files when it is cut short, has a broken head, or is not there."""
+    complaints = []
+    for path in [path for path in checkpoint.rglob("*.pt") if path.is_file()]:
+        whole = path.read_bytes()
+        for broken in (whole[: len(whole) // 2], b"\0" * 64 + whole[64:], None):
+            path.unlink() if broken is None else path.write_bytes(broken)
+            try:
+                player.load_checkpoint(checkpoint)
+                complaints.append(f"{path} was loaded")
+            except BadInput as error:
+                complaints.append(str(error))
+        path.write_bytes(whole)
+    return complaints
+
+
 def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     setup = SETUPS[stage] if stage in SETUPS else {"zero_stage": int(stage)}
     config = LearnerConfig(optimizer=optimizer, pack_tokens=60, grad_clip=0.5, **setup)
@@ -59,8 +76,10 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     player.save_checkpoint(out / f"checkpoint_{stage}")
     player.load_checkpoint(out / f"checkpoint_{stage}")
     player.export(out / f"model_{stage}", bucket_bytes=20_000)
+    complaints = damage(player, out / f"checkpoint_{stage}") if player.world_size == 1 else []
     if player.rank == 0:
-        torch.save({"steps": steps, "weights": weights, "logps": logps, "scores": scores, "tied": player.tied_names}, out / f"stage_{stage}.pt")
+        torch.save({"steps": steps, "weights": weights, "logps": logps, "scores": scores, "tied": player.tied_names,
+                    "complaints": complaints}, out / f"stage_{stage}.pt")
 
 
 if __name__ == "__main__":

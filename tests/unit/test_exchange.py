@@ -15,9 +15,10 @@ from spin_ray.errors import BadInput
 from spin_ray.exchange import pairs as exchange
 from spin_ray.exchange.audit import Audit, AuditError, FirstLossError, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.weights import from_bucket, to_bucket
-from spin_ray.manifest import RunDir, written_whole
+from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Pair, Prompt, Version, from_table, to_table
+from spin_ray.storage import written_whole
 
 
 def same(left, right):
@@ -111,6 +112,8 @@ def test_only_one_process_works_on_a_run_and_leftovers_are_removed(tmp_path):
         assert not (run.path / ".model.123.tmp").exists()
         with pytest.raises(BadInput, match="another process is working on this run"), run.locked():
             pass
+        with pytest.raises(BadInput, match="another process is working on this run"):
+            RunDir.open(config(tmp_path, seed=1), "run")  # nor may it put its config in place of the owner's
     with run.locked():
         pass
 
@@ -209,6 +212,15 @@ def test_a_damaged_model_is_never_loaded(tmp_path):
     (run.model(0) / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(BadInput, match=r"iter_000/model/model\.safetensors: missing or damaged"):
         run.check_model(0)
+
+
+def test_damaged_prompts_are_named(tmp_path):
+    path = tmp_path / "block.parquet"
+    exchange.write_table(path, to_table([Prompt(0, np.array([1, 2], np.int32), np.array([3], np.int32), "x")], PROMPT_SCHEMA))
+    assert len(exchange.read_prompts(path)) == 1
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"block\.parquet: these prompts are damaged .*must be put back"):
+        exchange.read_prompts(path)
 
 
 def test_bench_overlap_compares_pairs_one_by_one(tmp_path, make_pairs):

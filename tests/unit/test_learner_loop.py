@@ -17,6 +17,7 @@ from spin_ray.learner.coordinator import Base, Coordinator, Failure, Joined
 from spin_ray.learner.loop import RolledBack, Worker, check_numbers, staleness
 from spin_ray.learner.messages import Count, Train
 from spin_ray.records import PAIR_SCHEMA, Span, Version, opponent_reference, to_table
+from spin_ray.storage import DISK
 
 BASE = Base("theta_0", None)
 
@@ -289,7 +290,7 @@ def trained(monkeypatch, make_pairs, tmp_path):
         (tmp_path / "progress/count.json").write_text(json.dumps(dataclasses.asdict(progress)))
         mailbox, player = Mailbox(tables), RecordingPlayer()
         config = LearnerConfig(batch_pairs=4, warmup_fraction=0.5)
-        args = SimpleNamespace(coordinator=mailbox, config=config, seed=0, log_dir="logs", rollback_lr_factor=0.5)
+        args = SimpleNamespace(coordinator=mailbox, config=config, seed=0, log_dir="logs", storage=DISK, rollback_lr_factor=0.5)
         command = dataclasses.replace(command_of_five, progress_path=str(tmp_path / "progress"))
         try:
             Worker(player, args, Joined(BASE, 7, rollbacks)).carry_out(command)
@@ -303,14 +304,14 @@ def trained(monkeypatch, make_pairs, tmp_path):
 
 def test_a_divergence_ends_the_group_and_the_next_one_trains_with_a_lower_lr_from_the_start(trained):
     player, records = trained(0, Count(steps=1))
-    assert player.calls == ["begin", "progress", "rolled back"] and player.lrs == [2.0]
+    assert player.calls == ["begin", "step_1", "rolled back"] and player.lrs == [2.0]
     divergence = records[-1]
     assert (divergence.group, divergence.iteration, divergence.step) == (7, 1, 1) and "step 1: loss is nan (lr 2" in str(divergence.error)
     player, records = trained(2, Count(steps=1))  # what the first group saved is on the way to the bad numbers
     assert player.calls == ["begin"] and player.lrs == pytest.approx([0.25, 0.5, 0.5, 0.5 * 2 / 3, 0.5 / 3])
     assert [record.step for record in records] == [0, 1, 2, 3, 4]
     player, _ = trained(2, Count(steps=3, rollbacks=2))
-    assert player.calls == ["begin", "progress"] and len(player.lrs) == 2
+    assert player.calls == ["begin", "step_3"] and len(player.lrs) == 2
 
 
 def test_count_goes_on_where_it_was():
