@@ -278,19 +278,19 @@ class SelfPlay:
         moved = False
         while not moved:
             if not posted:
-                commands = Publish(Version(version)), Save(str(run.model(t)), str(run.checkpoint(t))), self._probe()
+                commands = Publish(Version(version)), self._probe(), Save(str(run.model(t)), str(run.checkpoint(t)))
                 posted = [learner.post(command) for command in commands]
                 training = self._post_training(version)
-            publish, save, probe = posted
+            publish, probe, save = posted
             group = None
             while group != (group := learner.group()):  # again until one and the same group has answered it all
                 self._load(learner.result(publish))
+                audit = self._audit(Version(version), probe)  # while the main player writes its files
                 learner.result(save)
-                audit = self._audit(Version(version), probe)
             run.storage.commit(run.model(t))
             run.storage.commit(run.checkpoint(t))
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
-            moved = learner.move_base(Base(str(run.model(t)), masters, first_command=probe + 1, iteration=version), group)
+            moved = learner.move_base(Base(str(run.model(t)), masters, first_command=save + 1, iteration=version), group)
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
         self._steps_before += report.num_steps

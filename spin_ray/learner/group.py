@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -156,4 +157,4 @@ def follow(learner: Learner, number: int, note: Callable[[Any], None], interrupt
                 patience_ends = time.monotonic() + INTERRUPT_PATIENCE_S
             if time.monotonic() > patience_ends:
                 raise Interrupted("interrupted while the main player waited; the same command goes on")
-            time.sleep(0.2)
+            wait([waiting], timeout=0.2)
