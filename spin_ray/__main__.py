@@ -102,6 +102,7 @@ BENCHES = {
     "scale": "the real orchestration with simulated players, 1 to 64 sampler replicas and 1 to 8 learner workers",
     "sync": "a publish-load cycle of 1 GiB of weights against the machine's memcpy",
     "scripts": "the whole job against a fresh vLLM and a fresh TRL process per iteration",
+    "chaos": "a job whose processes are killed at random moments: is anything lost, done twice or wrong",
 }
 
 
