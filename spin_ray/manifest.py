@@ -110,13 +110,22 @@ class RunDir:
     def check_model(self, iteration: int) -> None:
         """Raise BadInput, naming the file, if a model's file is not what it was when the run wrote it."""
         known = [mark["sha256"] for mark in self.marks("checksums") if mark["iteration"] == iteration]
-        found = checksums(self.model(iteration)) if known else {}
-        for name, value in (known[-1] if known else {}).items():
+        if not known:
+            return self.mark_checksums(iteration)  # a crash came between the iteration's mark and this one
+        found = checksums(self.model(iteration))
+        for name, value in known[-1].items():
             if found.get(name) != value:
                 raise BadInput(
                     f"{self.model(iteration) / name}: missing or damaged since this run wrote it (sha256 {found.get(name)}, "
                     f"was {value}); put the file back, or start a new run"
                 )
+
+    def drop_outdated(self) -> None:
+        """Remove what finished iterations no longer need: their progress, and every checkpoint but the newest."""
+        finished = len(self.marks("iteration"))
+        for t in range(finished):
+            for path in [self.progress(t), *([self.checkpoint(t)] if t < finished - 1 else [])]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def mark(self, stage: str, **facts: Any) -> None:
         """Append one line to the manifest, whole and on disk when this returns."""

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -32,7 +31,7 @@ from spin_ray.background import in_background
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import counted, load_prompts
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, WeightsLost
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.pairs import PlayPlan, play, write_prompts, write_table
@@ -126,6 +125,7 @@ def start_players(config: Config, run: RunDir, facts: ModelFacts, hardware: Hard
     version = len(run.marks("iteration"))
     if version:
         run.check_model(version - 1)
+    run.drop_outdated()
     model_path = str(run.model(version - 1)) if version else facts.path
     # In float32 the exported model is exact; a bfloat16 one lacks its float32 masters.
     checkpoint = run.checkpoint(version - 1) if version and hardware.dtype == "bfloat16" else None
@@ -272,21 +272,22 @@ class SelfPlay:
                 publish, save, probe = posted
                 group = None
                 while group != (group := learner.group()):  # again until one and the same group has answered it all
-                    self._load(learner.result(publish))
-                    learner.result(save)
-                    audit = self._audit(Version(version), probe)
+                    try:
+                        self._load(learner.result(publish))
+                        learner.result(save)
+                        audit = self._audit(Version(version), probe)
+                    except WeightsLost:
+                        learner.wait_for_group_after(group)
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
             moved = learner.move_base(Base(str(run.model(t)), masters, first_command=probe + 1, iteration=version), group)
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
         self._steps_before += report.num_steps
-        shutil.rmtree(run.progress(t), ignore_errors=True)
-        if t > 0 and run.checkpoint(t - 1).exists():  # only the newest is ever used
-            shutil.rmtree(run.checkpoint(t - 1))
+        run.drop_outdated()
         return training
 
     def _load(self, weights: PublishedWeights) -> None:
-        """Bring new weights to the samplers, once they owe nothing under the old ones."""
+        """Bring new weights to the samplers, once they owe nothing under the old ones. Raises WeightsLost."""
         self._overlap.wait_until_may_load(weights.version)
         for version, evaluation in list(self._evaluations.items()):
             if version < weights.version.number:
@@ -298,7 +299,12 @@ class SelfPlay:
 
     def _play_ahead(self, version: Version) -> None:
         """`lookahead`: a snapshot of the main player opens the next iteration while this one is still trained on."""
-        self._load(self._learner.result(version))
+        group = self._learner.group()
+        try:
+            self._load(self._learner.result(version))
+        except WeightsLost:
+            self._learner.wait_for_group_after(group)
+            return self._play_ahead(version)
         self._open(version)
 
     def _probe(self) -> Score:

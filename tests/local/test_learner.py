@@ -118,6 +118,10 @@ def test_zero_stages_agree(one_worker):
     close(one_worker[0], one_worker[3])
 
 
+def test_checkpoints_that_would_run_code_are_refused(one_worker):
+    assert all(result["refuses_code"] for result in one_worker.values())
+
+
 @pytest.mark.parametrize("setup", ["offload_2", "offload_3", "checkpointed"])
 def test_offloading_and_checkpointing_change_no_number(one_worker, setup):
     close(one_worker[0], one_worker[setup])
