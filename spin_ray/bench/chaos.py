@@ -5,8 +5,8 @@ its end every pair can be compared with that of the undisturbed job: prompt, ite
 
 | what is killed | whose business it is to go on |
 |---|---|
-| sampler, learner's worker, Ray Train's controller, play process, idle worker | the run's own |
-| the pool, the coordinator, the raylet, the driver, all processes at once (a machine that dies) | the same command's |
+| sampler, learner's worker, Ray Train's controller, play process | the run's own |
+| one of Ray's helpers, pool, coordinator, raylet, driver, all processes at once (as when a machine dies) | the same command's |
 """
 
 from __future__ import annotations
@@ -33,13 +33,11 @@ from safetensors.numpy import load_file
 from spin_ray.bench.common import last_evaluation, print_result
 from spin_ray.errors import RunStopped
 
-HEALED = {
-    "sampler": "ray::Sampler", "worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "play": "ray::MapWorker",
-    "idle": "ray::IDLE",
-}
+HEALED = {"sampler": "ray::Sampler", "worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "play": "ray::MapWorker"}
 """What a run puts up with by itself -> the name of its process."""
-RESTARTED = {"pool": "ray::SamplerPool", "coordinator": "ray::Coordinator", "raylet": "raylet", "driver": "", "machine": ""}
-"""What ends a run with an error, or at once; the same command goes on."""
+RESTARTED = {"pool": "ray::SamplerPool", "coordinator": "ray::Coordinator", "raylet": "raylet"}
+"""What ends a run; the same command goes on."""
+KINDS = (*HEALED, *RESTARTED, "helper", "driver", "machine")
 JOB = (
     "spin.num_iterations=4", "data.max_prompts=480", "data.max_eval_prompts=64", "sampler.block_prompts=16", "sampler.temperature=0",
     "learner.batch_pairs=8", "learner.checkpoint_every_steps=5", "sampler.max_restarts=1000", "learner.max_restarts=1000",
@@ -61,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="spin-ray bench chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of what is killed, and when")
     parser.add_argument("--faults", type=int, default=6)
-    parser.add_argument("--kinds", nargs="+", choices=[*HEALED, *RESTARTED], default=[*HEALED, *RESTARTED], help="what to kill")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to kill")
     parser.add_argument("--folder", type=Path, help="keep the jobs there; an undisturbed one that is there is not played again")
     parser.add_argument("--config", default="conf/demo.yaml")
     options = parser.parse_args(argv)
@@ -166,14 +164,19 @@ class Job:
 
     def processes(self, kind: str) -> list[psutil.Process]:
         """Those that a fault of this kind may hit; for "machine" all of them, the driver first."""
-        with suppress(psutil.NoSuchProcess):
+        try:
             driver = psutil.Process(self._driver.pid)
             family = [driver, *driver.children(recursive=True)]
-            self._family |= set(family)
-            if kind in ("driver", "machine"):
-                return family[:1] if kind == "driver" else family
-            return [process for process in family if _title(process) == {**HEALED, **RESTARTED}[kind]]
-        return []
+        except psutil.NoSuchProcess:
+            return []
+        self._family |= set(family)
+        if kind in ("driver", "machine"):
+            return family[:1] if kind == "driver" else family
+        titles = {process: _title(process) for process in family}
+        named = {**HEALED, **RESTARTED}
+        if kind == "helper":
+            return [process for process, title in titles.items() if title.startswith("ray::") and title not in named.values()]
+        return [process for process, title in titles.items() if title == named[kind]]
 
     def kill(self, victims: Sequence[psutil.Process]) -> None:
         for process in victims:
@@ -221,9 +224,10 @@ def torment(job: Job, kinds: Iterator[str], num_faults: int, rng: random.Random)
             if not goes_on:
                 return
             victims = job.processes(kind)
-            job.kill(victims if kind == "machine" else rng.sample(victims, min(1, len(victims))))
+            chosen = victims if kind == "machine" else rng.sample(victims, min(1, len(victims)))
+            print(f"{job.run.name}: killing {kind} {[_title(victim) for victim in chosen][:1]} at {job.progress()}", flush=True)
+            job.kill(chosen)
             job.faults.append(Fault(kind))
-            print(f"{job.run.name}: killed {kind} at {job.progress()}", flush=True)
         job.wait_for(lambda: False)
     except Hung as hung:
         print(f"{job.run.name}: {hung}; see {job.run.with_suffix('.log')}", flush=True)
