@@ -38,7 +38,7 @@ def load_prompts(source: str, config: DataConfig, chat: ChatFormat, *, seed: int
             answer = _checkable(row)
         except ValueError as error:
             if config.bad_rows == "refuse":
-                raise BadInput(f"{where}: {error}; data.bad_rows=drop counts and drops such rows") from error
+                raise BadInput(f"{where}: {_printable(error)}; data.bad_rows=drop counts and drops such rows") from error
             counts["dropped_bad"] += 1
             continue
         for prompt_ids, real_ids in encoded:
@@ -60,6 +60,11 @@ def load_prompts(source: str, config: DataConfig, chat: ChatFormat, *, seed: int
     counts["kept"] = len(order)
     chosen = [Prompt(k, *prompts[i]) for k, i in enumerate(order)]
     return chosen, dict(counts)
+
+
+def _printable(error: Exception) -> str:
+    """What an error quotes from a row, on one line and without what a terminal would act on."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
 
 
 def _checkable(row: dict[str, Any]) -> str | None:

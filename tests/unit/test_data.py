@@ -83,6 +83,7 @@ def test_turns(tmp_path, chat, which, number):
     ('{"messages": [', "line 2: not valid JSON"),
     ("[1, 2]", "line 2: expected an object, found list"),
     ({"text": "x"}, "line 2: none of the known columns"),
+    ({"a\n\x1b[2J": "x"}, r"this row has a\n\x1b[2J"),
     ({"messages": []}, "line 2: messages must be a list"),
     ({"messages": [USER]}, "line 2: no assistant answer"),
     ({"messages": [ASSISTANT]}, "line 2: the dialogue begins with the assistant"),
