@@ -67,12 +67,13 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
     if run.marks("finished"):
         terminal.say(f"{run.path} is finished; the model is {last_model}")
         return
+    interrupts = Interrupts()
+    interrupts.listen()
     facts = inspect_model(config)
     prepared = prepare(config, run, facts, terminal)
     max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens, facts)
     with ExitStack() as stack:
         hardware = stack.enter_context(ray_cluster(config))
-        interrupts = Interrupts()
         interrupts.listen()
         blocks = len(prepared.block_sizes)
         terminal.say(f"{run.path}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
