@@ -66,8 +66,12 @@ def first_error(error: BaseException) -> BaseException:
         failures = getattr(error, "worker_failures", None) or {}
         inner = next(iter(failures.values()), None) or getattr(error, "cause", None) or error.__cause__
         if not isinstance(inner, BaseException) or id(inner) in seen:
-            return error
+            return _actor_died(error) if isinstance(error, ray.exceptions.ActorDiedError) and not error.actor_init_failed else error
         seen.add(id(inner))
         error = inner
     return error
 
+
+def _actor_died(error: ray.exceptions.ActorDiedError) -> RunStopped:
+    what = " ".join(str(error).split("actor_id:")[0].split())
+    return RunStopped(f"a process that nothing replaces is dead: {what}; everything finished is kept, the same command goes on")

@@ -39,7 +39,7 @@ RESTARTED = {"pool": "ray::SamplerPool", "coordinator": "ray::Coordinator", "ray
 """What ends a run; the same command goes on."""
 KINDS = (*HEALED, *RESTARTED, "helper", "driver", "machine")
 JOB = (
-    "spin.num_iterations=4", "data.max_prompts=480", "data.max_eval_prompts=64", "sampler.block_prompts=16", "sampler.temperature=0",
+    "spin.num_iterations=3", "data.max_prompts=320", "data.max_eval_prompts=64", "sampler.block_prompts=16", "sampler.temperature=0",
     "learner.batch_pairs=8", "learner.checkpoint_every_steps=5", "sampler.max_restarts=1000", "learner.max_restarts=1000",
 )
 PATIENCE_S = 300.0
