@@ -44,8 +44,10 @@ JOB = (
 )
 PATIENCE_S = 300.0
 """Without a new step, block or mark for so long, a job hangs; it starts in 45 s on two idle cores."""
-FRUITLESS_STARTS = 4
-"""Starts in a row without progress after which a job counts as unable to go on."""
+MOST_RESTARTS = 4
+"""Of the command after one fault; a job that needs more cannot go on."""
+LINGER_S = 30.0
+"""A process that is there so long after its job's end is left behind."""
 LONGEST_PAUSE_S = 5.0
 """Between a job's sign of life and the next fault."""
 BLIND_SHARE = 0.25
@@ -73,7 +75,7 @@ def _main(options: argparse.Namespace, folder: Path) -> int:
         alone_s.write_text(str(_play(Job(_command(options.config, alone), alone), iter(()), 0, random.Random())))
     rng = random.Random(options.seed)
     kinds, jobs, seconds, checks = _kinds(rng, options.kinds), [], 0.0, []
-    while (left := options.faults - sum(len(job.faults) for job in jobs)) > 0:
+    while (left := options.faults - sum(len(job.faults) for job in jobs)) > 0 and not any(job.hung for job in jobs):
         run = folder / f"disturbed-{options.seed}-{len(jobs)}"
         jobs.append(Job(_command(options.config, run), run))
         seconds += _play(jobs[-1], kinds, left, rng)
@@ -89,7 +91,7 @@ def _main(options: argparse.Namespace, folder: Path) -> int:
         "not_healed": [fault.kind for fault in faults if fault.restarts and fault.kind in HEALED],
     })
     within = differences["weight_difference"] <= WEIGHT_TOLERANCE and differences["nll_difference"] <= NLL_TOLERANCE
-    return int(not all(fault.survived for fault in faults) or any(counted.values()) or not within)
+    return int(any(job.hung for job in jobs) or any(counted.values()) or not within)
 
 
 def _command(config: str, run: Path) -> list[str]:
@@ -133,19 +135,20 @@ class Job:
     faults: list[Fault] = field(default_factory=list)
     leftovers: list[psutil.Process] = field(default_factory=list)
     """Those of its processes that were still there a while after its end."""
+    hung: bool = False
 
     def __enter__(self) -> Job:
         self.run.parent.mkdir(parents=True, exist_ok=True)
         self._family: set[psutil.Process] = set()
-        self._progress, self._progress_at, self._fruitless = self.progress(), time.monotonic(), 0
+        self._progress, self._progress_at, self._restarts = self.progress(), time.monotonic(), 0
         self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        _, self.leftovers = psutil.wait_procs(self._family, timeout=30)
+        _, self.leftovers = psutil.wait_procs(self._family, timeout=LINGER_S)
         for process in self.leftovers:
             print(f"{self.run.name}: left behind: {process}", flush=True)
-            process.kill()
+        _kill(self.leftovers)
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
         """Until the condition holds; False if the job finished before. Raises Hung."""
@@ -178,10 +181,11 @@ class Job:
             return [process for process, title in titles.items() if title.startswith("ray::") and title not in named.values()]
         return [process for process, title in titles.items() if title == named[kind]]
 
-    def kill(self, victims: Sequence[psutil.Process]) -> None:
-        for process in victims:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+    def kill(self, kind: str, victims: Sequence[psutil.Process]) -> None:
+        print(f"{self.run.name}: killing {kind} {[_title(victim) for victim in victims][:1]} at {self._progress}", flush=True)
+        _kill(victims)
+        self.faults.append(Fault(kind))
+        self._restarts = 0
 
     def _start(self) -> None:
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -192,17 +196,23 @@ class Job:
         self.processes("machine")
         progress, now = self.progress(), time.monotonic()
         if progress != self._progress:
-            self._progress, self._progress_at, self._fruitless = progress, now, 0
+            self._progress, self._progress_at = progress, now
         if now > self._progress_at + self.patience_s:
             raise Hung(f"no progress for {self.patience_s:.0f} s")
         if self._driver.poll():
-            self._fruitless += 1
-            if self._fruitless > FRUITLESS_STARTS:
-                raise Hung(f"ended {self._fruitless} times without progress")
+            self._restarts += 1
+            if self._restarts > MOST_RESTARTS:
+                raise Hung(f"ended {self._restarts} times, the last time with {self._driver.returncode}")
             if self.faults:
                 self.faults[-1].restarts += 1
             print(f"{self.run.name}: ended with {self._driver.returncode}, started again", flush=True)
             self._start()
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _title(process: psutil.Process) -> str:
@@ -225,13 +235,12 @@ def torment(job: Job, kinds: Iterator[str], num_faults: int, rng: random.Random)
                 return
             victims = job.processes(kind)
             chosen = victims if kind == "machine" else rng.sample(victims, min(1, len(victims)))
-            print(f"{job.run.name}: killing {kind} {[_title(victim) for victim in chosen][:1]} at {job.progress()}", flush=True)
-            job.kill(chosen)
-            job.faults.append(Fault(kind))
+            job.kill(kind, chosen)
         job.wait_for(lambda: False)
     except Hung as hung:
         print(f"{job.run.name}: {hung}; see {job.run.with_suffix('.log')}", flush=True)
-        job.kill(job.processes("machine"))
+        _kill(job.processes("machine"))
+        job.hung = True
         if job.faults:
             job.faults[-1].survived = False
 

@@ -119,15 +119,35 @@ def test_ray_listens_on_this_machine_only(watched):
     assert open_to_others.keys() <= {"ray::RayTrainWorker"}, open_to_others
 
 
-def test_sampler_and_learner_die_and_the_run_ends_as_if_nothing_had_happened(undisturbed):
+WORKER_DIES_AT_THE_FIRST_SYNC = """
+import sys, psutil
+from spin_ray.__main__ import main
+from spin_ray.selfplay import SelfPlay
+
+def load_without_worker(players, weights):
+    SelfPlay._load = load
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::RayTrainWorker"):
+            process.kill()
+            process.wait()
+    load(players, weights)
+
+load, SelfPlay._load = SelfPlay._load, load_without_worker
+sys.exit(main())
+"""
+
+
+def test_all_that_is_replaced_dies_and_the_run_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
     run = undisturbed.parent / "disturbed"
-    process = start(run.parent, run.name)
+    (tmp_path / "dies.py").write_text(WORKER_DIES_AT_THE_FIRST_SYNC)
+    process = start(run.parent, run.name, str(tmp_path / "dies.py"))
     wait_for(lambda: list(run.glob("iter_000/pairs/*.parquet")), "the first block")
     kill(process, "ray::Sampler")
+    kill(process, "ray::MapWorker(MapBatches(PlayBlock))")
     wait_for(lambda: len(steps(run, 0)) > 12, "some steps of iteration 0")
     kill(process, "ray::RayTrainWorker")
     wait_for(lambda: len(steps(run, 1)) > 7, "some steps of iteration 1")
-    kill(process, "ray::RayTrainWorker")
+    kill(process, "ray::TrainController")
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
     assert max(r.get("sampler/num_restarts", 0) for r in records(run, "metrics.jsonl")) == 1
@@ -141,9 +161,7 @@ def test_sampler_and_learner_die_and_the_run_ends_as_if_nothing_had_happened(und
     for path in undisturbed.glob("iter_*/pairs/*.parquet"):
         expected, found = pq.read_table(path), pq.read_table(run / path.relative_to(undisturbed))
         assert expected.column("generated_ids") == found.column("generated_ids"), path
-    theirs = load_file(run / "iter_001/model/model.safetensors")
-    for name, weight in load_file(undisturbed / "iter_001/model/model.safetensors").items():
-        assert (weight - theirs[name]).abs().mean() < 1e-5, name
+    assert_same_models(undisturbed, run)
     assert not list(run.rglob("progress")) and not list(run.rglob(".*.tmp"))
 
 
