@@ -34,7 +34,6 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
         ray.init(
             "local", num_cpus=cpus, num_gpus=torch.cuda.device_count(), include_dashboard=False,
             log_to_driver=False, configure_logging=False,
-            _node_ip_address="127.0.0.1",  # Ray's ports are for this machine only; its token authentication is on by default
             # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
             _system_config={"idle_worker_killing_time_threshold_ms": 3_600_000},
         )
