@@ -1,7 +1,8 @@
 """`bench chaos`: a tiny job whose processes are killed at random moments, beside the same job left alone.
 
 Whenever the job ends with another code than 0 the same command is started again, as a user would. Answers are greedy, so at
-its end every pair can be compared with that of the undisturbed job: prompt, iteration, versions, tokens.
+its end every pair can be compared with that of the undisturbed job: prompt, iteration, versions, tokens. `overhead_share` is the
+share of the disturbed jobs' time that undisturbed ones would not have taken.
 
 | what is killed | whose business it is to go on |
 |---|---|
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,7 @@ LONGEST_PAUSE_S = 5.0
 BLIND_SHARE = 0.25
 """Of the faults, those that do not wait for a sign of life: they also hit a job that starts, or recovers from the fault before."""
 COUNTED = ("missing_pairs", "duplicate_pairs", "wrong_version_pairs", "missing_models")
+"""What `compare` finds of which there must be none."""
 WEIGHT_TOLERANCE, NLL_TOLERANCE = 1e-5, 1e-4
 """Largest mean |difference| of a tensor's weights (one step moves a weight by up to 5e-4), and of the held-out NLL per token."""
 
@@ -71,13 +74,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(options: argparse.Namespace, folder: Path) -> int:
     alone, alone_s = folder / "undisturbed", folder / "undisturbed_s"
-    if not alone_s.exists():
-        alone_s.write_text(str(_play(Job(_command(options.config, alone), alone), iter(()), 0, random.Random())))
     rng = random.Random(options.seed)
     kinds, jobs, seconds, checks = _kinds(rng, options.kinds), [], 0.0, []
+    if not alone_s.exists():
+        alone_s.write_text(str(_play(_job(options.config, alone), kinds, 0, rng)))
     while (left := options.faults - sum(len(job.faults) for job in jobs)) > 0 and not any(job.hung for job in jobs):
         run = folder / f"disturbed-{options.seed}-{len(jobs)}"
-        jobs.append(Job(_command(options.config, run), run))
+        jobs.append(_job(options.config, run))
         seconds += _play(jobs[-1], kinds, left, rng)
         checks.append(compare(alone, run))
     faults = [fault for job in jobs for fault in job.faults]
@@ -94,8 +97,10 @@ def _main(options: argparse.Namespace, folder: Path) -> int:
     return int(any(job.hung for job in jobs) or any(counted.values()) or not within)
 
 
-def _command(config: str, run: Path) -> list[str]:
-    return [sys.executable, "-m", "spin_ray", "run", config, f"run.dir={run.parent}", f"run.name={run.name}", *JOB]
+def _job(config: str, run: Path) -> Job:
+    """A job that is at its beginning."""
+    shutil.rmtree(run, ignore_errors=True)
+    return Job([sys.executable, "-m", "spin_ray", "run", config, f"run.dir={run.parent}", f"run.name={run.name}", *JOB], run)
 
 
 def _kinds(rng: random.Random, kinds: Sequence[str]) -> Iterator[str]:
