@@ -204,11 +204,27 @@ def test_a_damaged_model_is_never_loaded(tmp_path):
     run.model(0).mkdir(parents=True)
     (run.model(0) / "model.safetensors").write_bytes(b"weights")
     run.check_model(0)  # a run that was cut off before its checksums were known
-    run.mark_checksums(0)
+    assert len(run.marks("checksums")) == 1
     run.check_model(0)
     (run.model(0) / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(BadInput, match=r"iter_000/model/model\.safetensors: missing or damaged"):
         run.check_model(0)
+
+
+def test_what_finished_iterations_leave_and_a_crash_kept_is_dropped(tmp_path):
+    run = RunDir(tmp_path)
+    for t in range(3):
+        run.progress(t).mkdir(parents=True)
+        run.checkpoint(t).mkdir()
+    for t in range(2):
+        run.mark("iteration", iteration=t)
+    run.drop_outdated()
+    assert [run.progress(t).exists() for t in range(3)] == [False, False, True]
+    assert [run.checkpoint(t).exists() for t in range(3)] == [False, True, True]
+
+
+def test_nothing_to_play_is_no_pipeline_at_all():
+    assert list(exchange.play(None, [], 1)) == []
 
 
 def test_bench_overlap_compares_pairs_one_by_one(tmp_path, make_pairs):
