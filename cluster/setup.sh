@@ -16,5 +16,6 @@ fi
   pip install "torch==2.13.0+cpu" 2>/dev/null ||
   pip install "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
 pip install -e ".[cpu,dev]"
-# These come in built for CUDA and then break `import transformers`; SPIN needs text only.
-pip uninstall --yes torchvision torchaudio torchcodec
+# The first three come in built for CUDA and then break `import transformers`; SPIN needs text only. Nothing here runs Triton on a
+# CPU, but torch.compile's front end imports it wherever it is found: 66 MiB in every process.
+pip uninstall --yes torchvision torchaudio torchcodec triton

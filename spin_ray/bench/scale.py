@@ -31,7 +31,7 @@ from spin_ray.manifest import RunDir
 from spin_ray.model import inspect_model
 from spin_ray.placement import choose_hardware
 from spin_ray.records import Prompt, Version
-from spin_ray.sampler.fake import FakeSampler
+from spin_ray.sampler.fake import FakeFleet, FakeSampler, FleetMember
 from spin_ray.sampler.pool import Limits, start_pool
 from spin_ray.selfplay import Players, Prepared, SelfPlay
 from spin_ray.system import ray_cluster
@@ -44,6 +44,7 @@ HOURS = {"paper": (1.45, (4.32, 8.64)), "generation-bound": (8.64, (4.32, 4.32))
 CEILING = (1.45 * 2 + 4.32 + 8.64) / (4.32 + 8.64)
 """What perfect overlap gains over playing and training in turn, in two iterations of the paper's run; 1.19 over its four."""
 SIZES = ((1, 1), (4, 1), (16, 2), (64, 1), (64, 8))
+REPLICAS_PER_PROCESS = 16
 SCORES_PER_SAMPLE = 50
 """A prefill of an answer takes this much less of an engine's time than sampling it, token by token."""
 
@@ -103,6 +104,15 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     }
 
 
+def start_fakes(count: int, speed: float) -> list[FleetMember]:
+    """Handles of `count` replicas. Several share a process: 64 idle actors take most of a core by themselves."""
+    actor = ray.remote(num_cpus=0, max_concurrency=1000)(FakeFleet)
+    samplers = [FakeSampler(Version(0), prompts_per_s=speed, scores_per_s=speed * SCORES_PER_SAMPLE) for _ in range(count)]
+    parts = [samplers[start : start + REPLICAS_PER_PROCESS] for start in range(0, count, REPLICAS_PER_PROCESS)]
+    fleets = [actor.remote(part) for part in parts]
+    return [FleetMember(fleet, member) for fleet, part in zip(fleets, parts, strict=True) for member in range(len(part))]
+
+
 def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int) -> None:
     """The whole loop with fake players."""
     facts, rng = inspect_model(config), np.random.default_rng(0)
@@ -110,10 +120,7 @@ def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_
     prompts = [Prompt(number, row[:40], row[40:]) for number, row in enumerate(ids)]
     prepared = Prepared(prompts, [], write_prompts(run, prompts, config.sampler.block_prompts))
     hardware = choose_hardware(config, ray.cluster_resources())
-    fake = ray.remote(num_cpus=0, max_concurrency=1000)(FakeSampler)
-    samplers = [
-        fake.remote(Version(0), prompts_per_s=speed, scores_per_s=speed * SCORES_PER_SAMPLE) for _ in range(config.sampler.num_replicas)
-    ]
+    samplers = start_fakes(config.sampler.num_replicas, speed)
     ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs
     pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs))
     learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=functools.partial(make_fake_player, pairs_per_s=rates))

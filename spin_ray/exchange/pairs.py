@@ -12,6 +12,7 @@ way the batches depend on the number of workers. Pairs are token ids: all of an 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -87,13 +88,14 @@ def play(plan: PlayPlan, blocks: Sequence[BlockSpec], num_in_flight: int) -> Ite
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # a thread per block that reads /proc every second: with hundreds in flight, a core
     context.execution_options.preserve_order = True  # the batches must not depend on which block is ready first
     processes = play_processes(num_in_flight)
-    threads = -(-num_in_flight // processes)
+    blocks_per_process = -(-num_in_flight // processes)
     dataset = ray.data.from_items([{"place": place} for place in range(len(blocks))], override_num_blocks=len(blocks)).map_batches(
         PlayBlock, fn_constructor_args=(plan, list(blocks)), batch_size=1, batch_format="numpy", num_cpus=PLAY_TASK_CPUS,
         compute=ray.data.ActorPoolStrategy(
-            size=processes, max_tasks_in_flight_per_actor=threads, max_concurrent_calls_per_actor=threads, enable_true_multi_threading=True
+            size=processes, max_tasks_in_flight_per_actor=blocks_per_process, max_concurrent_calls_per_actor=blocks_per_process
         ),
     )
     tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
@@ -103,30 +105,34 @@ def play(plan: PlayPlan, blocks: Sequence[BlockSpec], num_in_flight: int) -> Ite
 
 
 class PlayBlock:
-    """The stage of the pipeline: the pairs of a block, from disk if they are there, otherwise played and written."""
+    """The stage of the pipeline: the pairs of a block, from disk if they are there, otherwise played and written.
+
+    Awaits its answers: a thread in `ray.get` wakes up every second to look for signals, and hundreds of blocks wait at a time.
+    """
 
     def __init__(self, plan: PlayPlan, blocks: Sequence[BlockSpec]):
         self._plan, self._blocks = plan, blocks
 
-    def __call__(self, row: dict[str, np.ndarray]) -> pa.Table:
+    async def __call__(self, row: dict[str, np.ndarray]) -> pa.Table:
         plan, block = self._plan, self._blocks[int(row["place"][0])]
         path = plan.run.pairs(block.iteration, block.kind, block.index)
-        if (finished := pairs_on_disk(path)) is not None:
+        if (finished := await asyncio.to_thread(pairs_on_disk, path)) is not None:
             return finished
-        ray.get(plan.pool.released.remote(block.version))  # a replayed block's pairs are all on disk by then
-        pairs = {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block)
-        write_table(path, to_table(pairs, PAIR_SCHEMA))
-        return read_pairs(path)
+        await plan.pool.released.remote(block.version)  # a replayed block's pairs are all on disk by then
+        pairs = await {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block)
+        await asyncio.to_thread(write_table, path, to_table(pairs, PAIR_SCHEMA))
+        return await asyncio.to_thread(read_pairs, path)
 
 
-def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
+async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and the real one."""
     prompts: list[Prompt] = from_table(pq.read_table(plan.run.prompts(block.index)), Prompt)
     questions, answers = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
     drawn = plan.pool.sample.remote(block.version, questions, plan.settings, PLAY, block.place)
     if not plan.score:
-        return [_pair(block, p, c, _NOT_SCORED, _NOT_SCORED) for p, c in zip(prompts, ray.get(drawn), strict=True)]
-    completions, real_logps = ray.get([drawn, plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)])
+        return [_pair(block, p, c, _NOT_SCORED, _NOT_SCORED) for p, c in zip(prompts, await drawn, strict=True)]
+    scored = plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)
+    completions, real_logps = await asyncio.gather(drawn, scored)
     return [_pair(block, p, c, real, c.logps) for p, c, real in zip(prompts, completions, real_logps, strict=True)]
 
 
@@ -143,7 +149,7 @@ def _pair(block: BlockSpec, prompt: Prompt, completion: Completion, real_logps: 
     )
 
 
-def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
+async def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """The pairs of iteration t - 1 with the present opponent's log-probs, by two prefills each."""
     path = plan.run.pairs(block.iteration - 1, "block", block.index)
     pairs: list[Pair] = from_table(read_pairs(path), Pair)
@@ -152,7 +158,7 @@ def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     if plan.score:
         real = plan.pool.score.remote(block.version, questions, [pair.real_ids for pair in pairs], PLAY, block.place)
         generated = plan.pool.score.remote(block.version, questions, [pair.generated_ids for pair in pairs], PLAY, block.place)
-        scores = ray.get([real, generated])
+        scores = await asyncio.gather(real, generated)
     return [
         replace(
             pair, iteration=block.iteration, scored_version=block.version.number, scored_steps_early=0,

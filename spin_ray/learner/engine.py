@@ -26,7 +26,7 @@ from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput
 from spin_ray.learner import attention
 from spin_ray.learner.logps import PolicyLogps
-from spin_ray.learner.meters import ModelFlops, peak_flops, peak_memory_gib, row_use
+from spin_ray.learner.meters import ModelFlops, map_large_tensors, peak_flops, peak_memory_gib, row_use
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.losses import PairLogps
 from spin_ray.placement import Hardware
@@ -49,6 +49,8 @@ class MainPlayer:
         self.model_path = model_path
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(hardware.device, torch.cuda.current_device() if hardware.device == "cuda" else 0)
+        if hardware.device == "cpu":
+            map_large_tensors()
         _refuse_unsupported(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), model_path)
         self._lm = _load_model(
             model_path, dtype=getattr(torch, hardware.dtype), attn_implementation=attention.NAME, trust_remote_code=trust_remote_code,
@@ -70,6 +72,8 @@ class MainPlayer:
         self._engine, *_ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=_deepspeed_config(config, hardware, clips_itself=self._clips_itself)
         )
+        if config.zero_stage == 0 and self.world_size == 1:
+            self._engine.enable_backward_allreduce = False  # with itself; it would copy all gradients into one tensor
         self._engine.train()
 
     def _checkpoint(self, longest_row: int) -> None:

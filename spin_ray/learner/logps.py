@@ -6,7 +6,10 @@ number) and the backward pass only scales rows of [A, D]: nothing but the softma
 logits become its softmax in place, in one buffer that lives as long as the head; the chunk that it holds when the
 backward pass begins, the last one, is not computed again. With no more answer tokens than one chunk has, nothing is.
 
-Memory: one chunk of logits, whatever the batch. Shapes: A answer tokens, C tokens of a chunk, D hidden size, V vocabulary.
+The gradient of the weight [V, D] is as large as any tensor here, so there is one of it, kept from pass to pass: where
+input embedding and output layer are tied, the embedding's backward pass adds its few rows to what the head's left there.
+
+Memory: one chunk of logits and one [V, D], whatever the batch. Shapes: A answer tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from spin_ray.learner.packing import Packed
 
-CHUNK_ELEMENTS = 12 * 2**20
-"""Logits held at a time: 48 MiB in float32."""
+CHUNK_ELEMENTS = 8 * 2**20
+"""Logits held at a time: 32 MiB in float32."""
 SMALLEST = 1e-30
 """A softmax below this is near underflow (float32 ends at 1e-38): its logarithm is computed from the logits instead."""
 
@@ -27,9 +31,10 @@ SMALLEST = 1e-30
 class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, buffers: list[torch.Tensor], chunk: int, train: bool
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scratch: _Scratch, chunk: int, train: bool,
+        embedding_grad: list[torch.Tensor] | None,
     ) -> torch.Tensor:
-        buffer = _take(buffers, min(chunk, len(targets)), weight)
+        buffer = scratch.take_logits(min(chunk, len(targets)), weight)
         logps = hidden.new_empty(len(targets), dtype=buffer.dtype)
         unit_grads = torch.empty_like(hidden) if train else None
         softmax = None
@@ -39,44 +44,82 @@ class _ChunkedLogps(torch.autograd.Function):
                 torch.mm(softmax, weight, out=unit_grads[part])
         if train:
             ctx.save_for_backward(hidden, weight, targets, unit_grads)
-            ctx.buffers, ctx.chunk = buffers, chunk
+            ctx.scratch, ctx.chunk, ctx.embedding_grad = scratch, chunk, embedding_grad
             ctx.held = (buffer, softmax)  # for one backward pass: it writes over it
         else:
-            buffers.append(buffer)
+            scratch.give_back(buffer)
         return logps
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets, unit_grads = ctx.saved_tensors
-        buffer, softmax = ctx.held or (_take(ctx.buffers, min(ctx.chunk, len(targets)), weight), None)
+        buffer, softmax = ctx.held or (ctx.scratch.take_logits(min(ctx.chunk, len(targets)), weight), None)
         ctx.held = None
         scale = -grad[:, None]
         scaled = (hidden * scale).to(weight.dtype)
-        # Many chunks add up here: never in half precision.
-        grad_weight = None
+        total = None
         for part in reversed(_parts(len(targets), ctx.chunk)) if ctx.needs_input_grad[1] else ():
             if softmax is None:
                 softmax = _softmax_less_onehot(hidden[part], weight, targets[part], buffer)
-            if grad_weight is None:
-                grad_weight = (softmax.T @ scaled[part]).to(grad.dtype)
-            elif weight.dtype == grad.dtype:
-                grad_weight.addmm_(softmax.T, scaled[part])
-            else:
-                grad_weight += softmax.T @ scaled[part]
+            first = total is None
+            total = ctx.scratch.weight_grad(weight) if first else total
+            if weight.dtype == total.dtype:
+                total.addmm_(softmax.T, scaled[part], beta=0.0 if first else 1.0)
+            else:  # many chunks add up here: never in half precision
+                product = softmax.T @ scaled[part]
+                total.copy_(product) if first else total.add_(product)
             softmax = None
-        ctx.buffers.append(buffer)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return (unit_grads * scale).to(hidden.dtype), grad_weight, None, None, None, None
+        ctx.scratch.give_back(buffer)
+        if total is not None and ctx.embedding_grad is not None:
+            ctx.embedding_grad.append(total)  # the embedding's backward pass comes later, and hands the sum of both on
+            total = None
+        grad_weight = None if total is None else total.to(weight.dtype)
+        return (unit_grads * scale).to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
-def _take(buffers: list[torch.Tensor], rows: int, weight: torch.Tensor) -> torch.Tensor:
-    """A buffer [>= rows, V] that no other pass is using; a new one only if there is none, for page faults cost more than the softmax."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    while buffers:
-        buffer = buffers.pop()
-        if len(buffer) >= rows and buffer.dtype == dtype:
-            return buffer
-    return torch.empty(rows, weight.shape[0], dtype=dtype, device=weight.device)
+class _Scratch:
+    """The largest tensors of a pass, kept for the next one: a fresh one costs more in page faults than a softmax in it."""
+
+    def __init__(self) -> None:
+        self._logits: list[torch.Tensor] = []
+        self._weight_grad: torch.Tensor | None = None
+
+    def take_logits(self, rows: int, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor [>= rows, V] that no other pass is using, until it is given back."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        while self._logits:
+            buffer = self._logits.pop()
+            if len(buffer) >= rows and buffer.dtype == dtype:
+                return buffer
+        return torch.empty(rows, weight.shape[0], dtype=dtype, device=weight.device)
+
+    def give_back(self, logits: torch.Tensor) -> None:
+        self._logits.append(logits)
+
+    def weight_grad(self, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor like the weight, at least float32: the kept one, unless autograd still holds that for another pass."""
+        dtype, kept = torch.promote_types(weight.dtype, torch.float32), self._weight_grad
+        if kept is None or (kept.shape, kept.dtype) != (weight.shape, dtype) or kept._use_count() > 1:
+            self._weight_grad = kept = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        return kept
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a tied embedding. The output layer's backward pass, which comes first, leaves the weight's gradient in `head_grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, padding_idx: int | None, head_grad: list[torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding_idx, ctx.head_grad, ctx.dtype = padding_idx, head_grad, weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (ids,), total = ctx.saved_tensors, ctx.head_grad.pop()
+        if ctx.padding_idx is not None:  # which nn.Embedding does not train
+            grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0.0)
+        total.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(total.dtype))
+        return total.to(ctx.dtype), None, None, None
 
 
 def _softmax_less_onehot(
@@ -111,12 +154,29 @@ class LogpHead(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self._chunk_elements = chunk_elements or CHUNK_ELEMENTS
-        self._free: list[torch.Tensor] = []
+        self._scratch = _Scratch()
+        self.embedding_grad: list[torch.Tensor] | None = None
+        """Where the gradient of a tied weight goes on to: the embedding's forward pass, which comes first, sets it."""
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """hidden [A, D], targets [A] -> log p of each target, [A], float32 (float64 for a float64 model), in nats."""
         chunk = max(1, self._chunk_elements // self.weight.shape[0])
-        return _ChunkedLogps.apply(hidden, self.weight, targets, self._free, chunk, torch.is_grad_enabled())
+        return _ChunkedLogps.apply(hidden, self.weight, targets, self._scratch, chunk, torch.is_grad_enabled(), self.embedding_grad)
+
+
+class TiedEmbedding(nn.Module):
+    """An input embedding whose weight is the output layer's too: one gradient for both."""
+
+    def __init__(self, embedding: nn.Embedding, head: LogpHead):
+        super().__init__()
+        self.weight = embedding.weight
+        self._padding_idx = embedding.padding_idx
+        self._head = [head]  # not a submodule of this one
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] -> rows of the weight, [..., D]."""
+        self._head[0].embedding_grad = head_grad = []
+        return _Lookup.apply(self.weight, ids, self._padding_idx, head_grad)
 
 
 class PolicyLogps(nn.Module):
@@ -125,6 +185,9 @@ class PolicyLogps(nn.Module):
     def __init__(self, lm: nn.Module, *, chunk_elements: int | None = None):
         super().__init__()
         lm.lm_head = LogpHead(lm.lm_head, chunk_elements=chunk_elements)
+        embedding = lm.get_input_embeddings()
+        if embedding.weight is lm.lm_head.weight and type(embedding) is nn.Embedding:  # a subclass may scale what it looks up
+            lm.set_input_embeddings(TiedEmbedding(embedding, lm.lm_head))
         self.lm = lm
 
     def forward(self, packed: Packed) -> torch.Tensor:

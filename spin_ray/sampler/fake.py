@@ -7,6 +7,8 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,3 +66,31 @@ class FakeSampler:
         digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
         ids = np.frombuffer(digest, np.uint8)[: min(8, settings.max_new_tokens)].astype(np.int32)
         return Completion(self._version, ids, np.full(len(ids), -1.0, np.float32), "stop")
+
+
+class FakeFleet:
+    """Several FakeSamplers in one process: as an actor it stands for more replicas than one machine can hold processes of."""
+
+    def __init__(self, samplers: Sequence[FakeSampler]):
+        self._samplers = samplers
+
+    async def call(self, member: int, verb: str, *args: Any) -> Any:
+        return await getattr(self._samplers[member], verb)(*args)
+
+
+class FleetMember:
+    """Stands where the handle of a sampler's actor is expected: `member.sample.remote(...)`."""
+
+    def __init__(self, fleet: Any, member: int):
+        self.ready, self.sample, self.score, self.load = (_Verb(fleet, member, verb) for verb in ("ready", "sample", "score", "load"))
+
+
+@dataclass(frozen=True)
+class _Verb:
+    fleet: Any
+    """Actor handle of a FakeFleet."""
+    member: int
+    verb: str
+
+    def remote(self, *args: Any) -> Any:
+        return self.fleet.call.remote(self.member, self.verb, *args)

@@ -81,6 +81,23 @@ def test_packed_equals_padded_equals_one_at_a_time(tied, share_prompt, monkeypat
         torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_rows_in_one_backward_pass_and_padding_in_a_row(tied):
+    """The kept tensor of the weight's gradient serves one row at a time; a tied embedding leaves its padding row to the head."""
+    def model(implementation):
+        lm = tiny(tied=tied, implementation=implementation)
+        lm.get_input_embeddings().padding_idx = 7
+        return lm
+
+    pairs = [pair(5, 4, 7), pair(3, 9, 2), pair(8, 1, 6)]
+    pairs[1].prompt_ids[1] = 7
+    reference, policy = model("sdpa"), PolicyLogps(model(attention.NAME))
+    expected = gradients(reference, plain_sums(reference, pairs))
+    found = gradients(policy, torch.cat([packed_sums(policy, [one], share_prompt=False) for one in pairs]))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=5)
 
 
@@ -124,7 +141,7 @@ def test_head_matches_log_softmax_and_its_gradient(monkeypatch):
     torch.manual_seed(0)
     linear = torch.nn.Linear(6, 20, bias=False, dtype=torch.float64)
     hidden, targets = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randint(20, (11,))
-    assert torch.autograd.gradcheck(lambda h, w: logps._ChunkedLogps.apply(h, w, targets, [], 3, True), (hidden, linear.weight))
+    assert torch.autograd.gradcheck(lambda h, w: logps._ChunkedLogps.apply(h, w, targets, logps._Scratch(), 3, True, None), (hidden, linear.weight))
     full = torch.log_softmax(linear(hidden), -1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(LogpHead(linear)(hidden, targets), full)
 
