@@ -48,7 +48,7 @@ def wait_for(condition, what: str, timeout: float = 240) -> None:
 
 def kill(run: subprocess.Popen, title: str) -> None:
     """SIGKILL the process of the run that shows this title, or a call of that actor."""
-    found = [p for p in psutil.Process(run.pid).children(recursive=True) if (p.cmdline() or [""])[0].split(".")[0] == title]
+    found = [p for p in family(run) if p.name().split(".")[0] == title and p.status() != psutil.STATUS_ZOMBIE]
     assert len(found) == 1, found
     found[0].kill()
 

@@ -96,5 +96,6 @@ def test_broken_engine_fails_every_caller(opponent, monkeypatch):
 def test_pickled_weights_are_never_opened(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model(tied=True), tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # not even a pickle: opening it would say so
+    os.environ.update(choose_hardware(Config(), {"CPU": 2}).sampler_env)
     with pytest.raises(RuntimeError, match="Cannot find any model weights"):
         OpponentEngine(str(folder), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings={"enforce_eager": True})
