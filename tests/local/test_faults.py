@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,11 @@ def wait_for(condition, what: str, timeout: float = 240) -> None:
 
 def kill(run: subprocess.Popen, title: str) -> None:
     """SIGKILL the process of the run that shows this title, or a call of that actor."""
-    found = [p for p in family(run) if p.name().split(".")[0] == title and p.status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for process in family(run):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().split(".")[0] == title and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     assert len(found) == 1, found
     found[0].kill()
 
