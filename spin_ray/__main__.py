@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("options", nargs=argparse.REMAINDER, help="the bench's own; see spin-ray bench NAME --help")
     args = parser.parse_args(argv)
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
     try:
         if args.command == "bench":
             return importlib.import_module(f"spin_ray.bench.{args.name}").main(args.options)
@@ -103,6 +105,7 @@ BENCHES = {
     "slope": "what every process keeps over 20 iterations, with simulated players",
     "sync": "a publish-load cycle of 1 GiB of weights against the machine's memcpy",
     "scripts": "the whole job against a fresh vLLM and a fresh TRL process per iteration",
+    "chaos": "a job whose processes are killed at random moments: is anything lost, done twice or wrong",
 }
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from spin_ray.errors import BadInput
 
 Message = dict[str, str]
@@ -66,9 +64,9 @@ class ChatFormat:
         try:
             prompt_text = self._tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
             full_text = self._tokenizer.apply_chat_template(full, tokenize=False)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of its own, run in transformers' sandbox; it may fail in any way
             roles = ", ".join(message["role"] for message in full)
-            raise ValueError(f"the chat template rejects the roles {roles}: {error}") from error
+            raise ValueError(f"the chat template rejects the roles {roles}: {' '.join(str(error).split())}") from error
         if not full_text.startswith(prompt_text):
             raise ValueError("the chat template's generation prompt is not how it begins an assistant turn")
         prompt_ids, full_ids = self._ids(prompt_text), self._ids(full_text)
@@ -78,4 +76,5 @@ class ChatFormat:
         return prompt_ids, self._ids(full_text[len(prompt_text) :])
 
     def _ids(self, text: str) -> list[int]:
+        text.encode()  # half a surrogate pair, which JSON can hold and Unicode cannot, is a ValueError of the row
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

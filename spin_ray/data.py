@@ -35,9 +35,10 @@ def load_prompts(source: str, config: DataConfig, chat: ChatFormat, *, seed: int
         try:
             dialogues = list(_turns(to_messages(row), config.turns))
             encoded = [chat.encode(prompt, answer) for prompt, answer in dialogues]
+            answer = _checkable(row)
         except ValueError as error:
             if config.bad_rows == "refuse":
-                raise BadInput(f"{where}: {error}; data.bad_rows=drop counts and drops such rows") from error
+                raise BadInput(f"{where}: {_printable(error)}; data.bad_rows=drop counts and drops such rows") from error
             counts["dropped_bad"] += 1
             continue
         for prompt_ids, real_ids in encoded:
@@ -52,7 +53,6 @@ def load_prompts(source: str, config: DataConfig, chat: ChatFormat, *, seed: int
             if key in seen and config.duplicate_rows == "drop":
                 continue
             seen.add(key)
-            answer = None if row.get("answer") is None else str(row["answer"])
             prompts.append((np.array(prompt_ids, np.int32), np.array(real_ids, np.int32), answer))
     if not prompts:
         raise BadInput(f"{counted(source, counts)}; no usable row is left")
@@ -60,6 +60,18 @@ def load_prompts(source: str, config: DataConfig, chat: ChatFormat, *, seed: int
     counts["kept"] = len(order)
     chosen = [Prompt(k, *prompts[i]) for k, i in enumerate(order)]
     return chosen, dict(counts)
+
+
+def _printable(error: Exception) -> str:
+    """What an error quotes from a row, on one line and without what a terminal would act on."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+
+
+def _checkable(row: dict[str, Any]) -> str | None:
+    """The row's `answer` as text; ValueError if that is no valid Unicode."""
+    if row.get("answer") is None:
+        return None
+    return str(row["answer"]).encode().decode()
 
 
 def counted(source: str, counts: Mapping[str, int]) -> str:
@@ -123,7 +135,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of the first kind: JSON's errors, Unicode's, a number of 5,000 digits
         raise BadInput(f"{where}: not valid JSON: {error}") from error
 
 
@@ -133,8 +145,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput(f"{path}: not a readable Parquet file: {error}") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: values that Python has no type for
+        raise BadInput(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
     for number, row in enumerate(rows):
         yield f"{path} row {number}", row
 

@@ -23,5 +23,9 @@ class EngineFailed(RunStopped):
     """A sampler's engine is broken: nothing that was asked of it will be answered, and nothing will be until it starts anew."""
 
 
+class WeightsLost(RunStopped):
+    """Published weights are gone: the learner's worker that held them died before a sampler had loaded them."""
+
+
 class WrongVersion(RunStopped):
     """A sampler was asked for weights that it does not hold (invariant 4)."""

@@ -22,7 +22,7 @@ class Interrupts:
         self._graceful = False
 
     def listen(self) -> None:
-        """After `ray.init`, which installs handlers of its own."""
+        """At a command's start, and again after `ray.init`, which installs handlers of its own."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 

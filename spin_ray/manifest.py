@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.background import every
-from spin_ray.config import Config, differences, to_json
+from spin_ray.config import Config, RunConfig, differences, to_json
 from spin_ray.errors import BadInput
 from spin_ray.lock import held
 from spin_ray.storage import DISK, Disk, open_storage, readable_disk_errors
@@ -129,13 +129,27 @@ class RunDir:
     def check_model(self, iteration: int) -> None:
         """Raise BadInput, naming the file, if a model's file is not what it was when the run wrote it."""
         known = [mark["sha256"] for mark in self.marks("checksums") if mark["iteration"] == iteration]
-        found = self.storage.checksums(self.model(iteration)) if known else {}
-        for name, value in (known[-1] if known else {}).items():
+        if not known:
+            return self.mark_checksums(iteration)  # a crash came between the iteration's mark and this one
+        found = self.storage.checksums(self.model(iteration))
+        for name, value in known[-1].items():
             if found.get(name) != value:
                 raise BadInput(
                     f"{self.storage.name(self.model(iteration) / name)}: missing or damaged since this run wrote it "
                     f"(sha256 {found.get(name)}, was {value}); put the file back, or start a new run"
                 )
+
+    def drop_outdated(self, keep: RunConfig) -> None:
+        """Remove what finished iterations no longer need and the user does not keep. The newest one's pairs are replayed in the next."""
+        finished = len(self.marks("iteration"))
+        for t in range(finished):
+            for path, outdated in (
+                (self.progress(t), True),
+                (self.checkpoint(t), t < finished - keep.keep_checkpoints),
+                (self.iteration(t) / "pairs", keep.keep_pairs_iterations and t < finished - keep.keep_pairs_iterations),
+            ):
+                if outdated:
+                    self.storage.remove(path)
 
     def mark(self, stage: str, **facts: Any) -> None:
         """Append one line to the manifest, whole and where it lies for good when this returns."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
@@ -36,6 +37,8 @@ def inspect_model(config: Config) -> ModelFacts:
         eos_ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     except OSError:  # generation_config.json is optional
         eos_ids = []
+    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+        raise BadInput(f"model.path={path}: no *.safetensors in there; pickled weights (*.bin) may run code and are not loaded")
     if len(tokenizer) > model.vocab_size:
         raise BadInput(f"model.path={path}: the tokenizer knows {len(tokenizer)} tokens, the model only {model.vocab_size}")
     chat = ChatFormat(tokenizer, name=f"model.path={path}", eos_ids=[i for i in eos_ids if i is not None])

@@ -30,7 +30,7 @@ from spin_ray.background import in_background
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import counted, load_prompts
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, WeightsLost
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.pairs import PlayPlan, play, read_prompts, write_prompts, write_table
@@ -67,12 +67,13 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
     if run.marks("finished"):
         terminal.say(f"{run} is finished; the model is {last_model}")
         return
+    interrupts = Interrupts()
+    interrupts.listen()
     facts = inspect_model(config)
     prepared = prepare(config, run, facts, terminal)
     max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens, facts)
     with ExitStack() as stack:
         hardware = stack.enter_context(ray_cluster(config))
-        interrupts = Interrupts()
         interrupts.listen()
         blocks = len(prepared.block_sizes)
         terminal.say(f"{run}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
@@ -127,6 +128,7 @@ def start_players(config: Config, run: RunDir, facts: ModelFacts, hardware: Hard
     version = len(run.marks("iteration"))
     if version:
         run.check_model(version - 1)
+    run.drop_outdated(config.run)
     model_path = str(run.model(version - 1)) if version else facts.path
     # In float32 the exported model is exact; a bfloat16 one lacks its float32 masters.
     checkpoint = run.checkpoint(version - 1) if version and hardware.dtype == "bfloat16" else None
@@ -284,9 +286,12 @@ class SelfPlay:
             publish, probe, save = posted
             group = None
             while group != (group := learner.group()):  # again until one and the same group has answered it all
-                self._load(learner.result(publish))
-                audit = self._audit(Version(version), probe)  # while the main player writes its files
-                learner.result(save)
+                try:
+                    self._load(learner.result(publish))
+                    audit = self._audit(Version(version), probe)  # while the main player writes its files
+                    learner.result(save)
+                except WeightsLost:
+                    learner.wait_for_group_after(group)
             run.storage.commit(run.model(t))
             run.storage.commit(run.checkpoint(t))
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
@@ -294,22 +299,11 @@ class SelfPlay:
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
         self._steps_before += report.num_steps
-        run.storage.remove(run.progress(t))
-        self._clear_out(t)
+        run.drop_outdated(self._config.run)
         return training
 
-    def _clear_out(self, t: int) -> None:
-        """Iteration t is marked: remove what no later one needs and the user does not keep. Iteration t + 1 replays t's pairs."""
-        config = self._config.run
-        keep_pairs = config.keep_pairs_iterations or t + 1
-        for folder in (
-            *(self._run.checkpoint(old) for old in range(t + 1 - config.keep_checkpoints)),
-            *(self._run.iteration(old) / "pairs" for old in range(t + 1 - keep_pairs)),
-        ):
-            self._run.storage.remove(folder)
-
     def _load(self, weights: PublishedWeights) -> None:
-        """Bring new weights to the samplers, once they owe nothing under the old ones."""
+        """Bring new weights to the samplers, once they owe nothing under the old ones. Raises WeightsLost."""
         self._overlap.wait_until_may_load(weights.version)
         for version, evaluation in list(self._evaluations.items()):
             if version < weights.version.number:
@@ -321,9 +315,14 @@ class SelfPlay:
 
     def _play_ahead(self, version: Version) -> None:
         """`lookahead`: a snapshot of the main player opens the next iteration while this one is still trained on."""
-        weights = self._learner.result(version)
-        self._snapshots_used.add(version.number - 1)
-        self._load(weights)
+        group = self._learner.group()
+        try:
+            weights = self._learner.result(version)
+            self._snapshots_used.add(version.number - 1)
+            self._load(weights)
+        except WeightsLost:
+            self._learner.wait_for_group_after(group)
+            return self._play_ahead(version)
         self._open(version)
 
     def _has_played_ahead(self, t: int, step: int) -> bool:

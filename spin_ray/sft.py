@@ -35,11 +35,12 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     if run.marks("finished"):
         terminal.say(f"{run} is finished; the model is {run}/model")
         return
+    interrupts = Interrupts()
+    interrupts.listen()
     facts = inspect_model(config)
     prompts, counts = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
     longest_sequence(prompts, 0, facts)
     terminal.say(counted(config.data.train, counts))
-    interrupts = Interrupts()
     with ray_cluster(config, samplers=False) as hardware:
         interrupts.listen()
         learner = Learner(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,8 @@ def leave(code: int) -> None:
     with a code of its own, before its message is out.
     """
     if ray.is_initialized():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it cannot end sooner
         sys.stdout.flush()
         sys.stderr.flush()
         for process in psutil.Process().children(recursive=True):  # a cluster that was joined is nobody's child
@@ -62,8 +65,12 @@ def first_error(error: BaseException) -> BaseException:
         failures = getattr(error, "worker_failures", None) or {}
         inner = next(iter(failures.values()), None) or getattr(error, "cause", None) or error.__cause__
         if not isinstance(inner, BaseException) or id(inner) in seen:
-            return error
+            return _actor_died(error) if isinstance(error, ray.exceptions.ActorDiedError) and not error.actor_init_failed else error
         seen.add(id(inner))
         error = inner
     return error
 
+
+def _actor_died(error: ray.exceptions.ActorDiedError) -> RunStopped:
+    what = " ".join(str(error).split("actor_id:")[0].split())
+    return RunStopped(f"a process that nothing replaces is dead: {what}; everything finished is kept, the same command goes on")

@@ -92,6 +92,8 @@ def pairs_on_disk(path: Path) -> pa.Table | None:
 
 def play(plan: PlayPlan, blocks: Sequence[BlockSpec], num_in_flight: int) -> Iterator[tuple[BlockSpec, pa.Table]]:
     """Play blocks with up to `num_in_flight` at a time; yields each with its pairs, in the order of `blocks`."""
+    if not blocks:  # a run that was cut off behind its last iteration; Ray Data knows no empty pipeline
+        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # a thread per block that reads /proc every second: with hundreds in flight, a core

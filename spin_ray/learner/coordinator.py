@@ -8,6 +8,7 @@ The learner lives through all iterations in ONE Ray Train `fit()`; its workers a
 | worker | block k of iteration t | driver's `put_block`, in any order |
 | worker whose step diverged | the driver's decision | `roll_back`, or `fail` |
 | driver | result of command k, or what it announced under another key | rank 0's `answer` |
+| driver | a new group of workers, after what the last one published is lost | its `join` |
 | all of them | | `fail`: every present and later wait raises the first error |
 
 A worker that dies takes its group with it; Ray Train starts a new one, which joins at the base and carries out all commands
@@ -109,13 +110,19 @@ class Coordinator:
 
     async def join(self) -> Joined | Failure:
         """Called once by every new group of workers: where to start. Answers of an earlier group from there on no longer count."""
-        self._group += 1
-        self._results = {}
+        async with self._changed:
+            self._group += 1
+            self._results = {}
+            self._changed.notify_all()
         return self._failure or Joined(self._base, self._group, self._rollbacks)
 
     async def group(self) -> int:
         """How many groups of workers have joined."""
         return self._group
+
+    async def group_after(self, group: int) -> Any:
+        """The number of groups, once it is larger than this."""
+        return await self._wait(lambda: self._group > group, lambda: self._group)
 
     async def move_base(self, base: Base, group: int) -> bool:
         """Let later groups start from `base`, if `group` is still the one that made it; False: another has joined."""

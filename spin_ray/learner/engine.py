@@ -15,7 +15,10 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -50,9 +53,8 @@ class MainPlayer:
         if hardware.device == "cpu":
             map_large_tensors()
         _refuse_unsupported(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), model_path)
-        self._lm = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=getattr(torch, hardware.dtype), attn_implementation=attention.NAME,
-            trust_remote_code=trust_remote_code, use_safetensors=True,
+        self._lm = _load_model(
+            model_path, dtype=getattr(torch, hardware.dtype), attn_implementation=attention.NAME, trust_remote_code=trust_remote_code,
         )
         if self._lm.lm_head.bias is not None:
             raise BadInput(f"{model_path}: models whose output layer has a bias are not supported by the learner yet")
@@ -254,6 +256,7 @@ class MainPlayer:
         self._engine.save_checkpoint(str(folder), tag="state")
 
     def load_checkpoint(self, folder: Path) -> None:
+        self._engine.checkpoint_engine.load = _load_known_types
         try:
             path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         except Exception as error:  # torch and DeepSpeed raise half a dozen unrelated types for a damaged file
@@ -261,6 +264,24 @@ class MainPlayer:
             raise BadInput(f"{folder}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error
         if path is None:
             raise BadInput(f"{folder}: DeepSpeed found no complete checkpoint; {_REMEDY}")
+
+
+def _load_model(model_path: str, **options: Any) -> Any:
+    """Weights from safetensors only: pickled ones may run code."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_path, use_safetensors=True, **options)
+    except OSError as error:
+        raise BadInput(f"{model_path}: no weights in safetensors can be loaded from there: {str(error).splitlines()[0]}") from error
+
+
+_IN_CHECKPOINTS = [fragment_address, LossScaler, ZeroStageEnum]
+"""All that DeepSpeed pickles into its checkpoints besides tensors and Python's own types."""
+
+
+def _load_known_types(path: str, map_location: Any = None) -> Any:
+    """In place of DeepSpeed's `torch.load`, which runs whatever code a file names."""
+    with torch.serialization.safe_globals(_IN_CHECKPOINTS):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _refuse_unsupported(config: Any, name: str) -> None:

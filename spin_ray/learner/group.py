@@ -55,10 +55,7 @@ class Learner:
 
     def result(self, key: Hashable) -> Any:
         """The result of a command, by its number, or what a command announced under another key."""
-        result = ray.get(self.coordinator.result.remote(key))
-        if isinstance(result, Failure):
-            raise result.error
-        return result
+        return _unless_failed(ray.get(self.coordinator.result.remote(key)))
 
     def run(self, command: Any) -> Any:
         return self.result(self.post(command))
@@ -70,6 +67,10 @@ class Learner:
     def group(self) -> int:
         """How many groups of workers there have been; a new one carries out again what came after the base."""
         return ray.get(self.coordinator.group.remote())
+
+    def wait_for_group_after(self, group: int) -> None:
+        """Until Ray Train has started a new group in place of this one, which has lost a worker."""
+        _unless_failed(ray.get(self.coordinator.group_after.remote(group)))
 
     def move_base(self, base: Base, group: int) -> bool:
         """Let later groups start from `base`; False if a new one has joined since `group` and is at work from the old base."""
@@ -93,8 +94,27 @@ class Learner:
         self._thread.join()
 
     def _fit(self) -> None:
+        """One `fit()` for all iterations; a new one only if Ray Train's controller dies, and with it its workers."""
+        controllers_left = self._args.config.max_restarts
+        while True:
+            try:
+                self._trainer().fit()
+                return
+            except ray.exceptions.RayActorError as error:
+                if not controllers_left:
+                    return self._end(error)
+                controllers_left -= 1
+            except BaseException as error:
+                return self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        """Hand an error to whoever waits for a result, which re-raises it; a Ray that is shut down has nobody who waits."""
+        if ray.is_initialized():
+            self.fail(error)
+
+    def _trainer(self) -> ray.train.torch.TorchTrainer:
         config, hardware = self._args.config, self._args.hardware
-        trainer = ray.train.torch.TorchTrainer(
+        return ray.train.torch.TorchTrainer(
             run_worker,
             train_loop_config={"args": self._args},
             torch_config=ray.train.torch.TorchConfig(backend=hardware.torch_backend),
@@ -108,11 +128,12 @@ class Learner:
                 callbacks=[_TellCoordinator(self.coordinator, self._args.log_dir)],
             ),
         )
-        try:
-            trainer.fit()
-        except BaseException as error:  # handed to whoever waits for a result, which re-raises it
-            if ray.is_initialized():
-                self.fail(error)
+
+
+def _unless_failed(answer: Any) -> Any:
+    if isinstance(answer, Failure):
+        raise answer.error
+    return answer
 
 
 class _TellCoordinator(ray.train.UserCallback):

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from spin_ray.chatter import redirect_output
+from spin_ray.errors import WeightsLost
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
 from spin_ray.storage import DISK, Disk
 
@@ -70,9 +72,15 @@ class Sampler:
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
     async def load(self, weights: PublishedWeights) -> float:
-        """Load a published version in place; returns the seconds it took, waiting for answers under way not counted."""
+        """Load a published version in place; returns the seconds it took, waiting for answers under way not counted.
+
+        Raises WeightsLost if they have gone with the process that published them; the engine keeps what it has.
+        """
         started: list[float] = []
-        buckets = await asyncio.gather(*weights.buckets)  # here, not in the engine's thread: lost weights do not break an engine
+        try:
+            buckets = await asyncio.gather(*weights.buckets)
+        except ray.exceptions.ObjectLostError as error:
+            raise WeightsLost(f"the weights of {weights.version} went with the learner's worker that held them") from error
         folder = await asyncio.to_thread(self._storage.fetch, Path(weights.saved_at)) if weights.saved_at else None
         await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, folder, started)))
         return time.perf_counter() - started[0]

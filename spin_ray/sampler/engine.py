@@ -36,7 +36,9 @@ class OpponentEngine:
         self._max_model_len = max_model_len
         self._several_processes = settings.get("tensor_parallel_size", 1) > 1
         self._engine = LLMEngine.from_engine_args(EngineArgs(
-            model=model_path, dtype=dtype, max_model_len=max_model_len, seed=seed, disable_log_stats=True, **settings
+            model=model_path, dtype=dtype, max_model_len=max_model_len, seed=seed, disable_log_stats=True,
+            load_format="safetensors",  # vLLM's "auto" falls back to pickled weights, which may run code
+            **settings,
         ))
         self._inbox: queue.Queue[tuple[Future, Callable[[], None]] | None] = queue.Queue()
         self._lock = threading.Lock()

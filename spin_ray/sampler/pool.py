@@ -7,7 +7,7 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 | a request of a later version | that version | `release`, after `load` |
 | a request of the present version | a replica with room | answers of earlier requests; a replica that joins |
 | `load` | the replicas | the last answer that the present version owes |
-| a replica that joins late | the present weights | its own load of them |
+| a replica that joins late | the present weights | its own load of them, or if they are lost the next `load` or `saved` |
 | the heartbeat | a sign of life of a replica that owes something | the replica; or, past `heartbeat_timeout_s`, its new start |
 | all of them | | too many failures in a row: every present and later wait raises the first error |
 
@@ -37,7 +37,7 @@ import ray
 
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
-from spin_ray.errors import EngineFailed, WrongVersion, in_one_line
+from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion, in_one_line
 from spin_ray.placement import Hardware
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
@@ -120,6 +120,8 @@ class _Replica:
     number: int
     handle: Any
     version: Version
+    weights: PublishedWeights | None = None
+    """What it has loaded; None: what it started with."""
     joined: bool = False
     lives: int = 1
     """Counts its processes: what one of them owed says nothing about the next."""
@@ -157,6 +159,8 @@ class SamplerPool:
         self._version = version
         self._released = False
         self._weights: PublishedWeights | None = None
+        self._lost: WeightsLost | None = None
+        """Why a replica that joins cannot have them."""
         self._waiting: list[tuple[tuple[int, int], int, _Work]] = []
         """A heap of (rank, arrival, work)."""
         self._arrivals = itertools.count()
@@ -193,17 +197,24 @@ class SamplerPool:
         return await self._ask(version, rank, len(prompts), lambda part: lambda s: s.score.remote(version, prompts[part], answers[part]))
 
     async def load(self, weights: PublishedWeights) -> list[float]:
-        """Once the present version owes no answer, every replica loads the new one; returns each one's seconds."""
+        """Once the present version owes no answer, every replica loads the new one; returns each one's seconds.
+
+        Raises WeightsLost if they are gone; they may be published, and loaded, again.
+        """
         await self._until(lambda: not self._owed())
-        self._version, self._weights, self._released = weights.version, weights, False
-        seconds = await asyncio.gather(*[self._load(replica) for replica in self._replicas if replica.joined])
-        self._dispatch()
-        return seconds
+        self._version, self._weights, self._lost, self._released = weights.version, weights, None, False
+        await self._note_change()
+        loads = [self._spawn(self._load(replica)) for replica in self._replicas if replica.joined]
+        if loads:
+            await asyncio.wait(loads)  # all of them, also if one fails: none may overtake a later load
+        await self._note_change()
+        return [load.result() for load in loads]
 
     async def saved(self, version: Version, folder: str) -> None:
         """The present weights are on disk: who joins from here on reads them there, and the object store is free of them."""
         assert version == self._version and self._weights is not None
-        self._weights = dataclasses.replace(self._weights, buckets=(), saved_at=folder)
+        self._weights, self._lost = dataclasses.replace(self._weights, buckets=(), saved_at=folder), None
+        await self._note_change()
 
     async def release(self, version: Version) -> None:
         """Let requests of the present version other than the audit's be answered."""
@@ -248,6 +259,8 @@ class SamplerPool:
                 work.answers.set_exception(WrongVersion(f"asked for {work.version}, the samplers are at {self._version}"))
             elif not self._may_answer(work):
                 kept.append(entry)
+            elif self._lost and not any(replica.joined for replica in self._replicas):
+                work.answers.set_exception(self._lost)  # nobody has the present weights, and nobody can get them
             elif replica := self._least_loaded():
                 replica.outstanding += work.size
                 self._spawn(self._answer(replica, work))
@@ -300,7 +313,8 @@ class SamplerPool:
         """Have a broken replica join again; the first of its requests to fail sees to it."""
         if life != replica.lives:
             return
-        replica.joined, replica.loading, replica.version = False, False, self._first_version
+        replica.joined, replica.loading = False, False
+        replica.version, replica.weights = self._first_version, None
         replica.lives, now = replica.lives + 1, time.monotonic()
         self._failures.append((now, _in_words(replica, error)))
         while now - self._failures[0][0] > self._limits.restart_window_s:
@@ -318,8 +332,13 @@ class SamplerPool:
         life = replica.lives
         try:
             await asyncio.wait_for(_up(replica.handle), self._limits.request_timeout_s)
-            while replica.version != self._version and life == replica.lives:
-                await self._load(replica)
+            while replica.weights is not (weights := self._weights) and life == replica.lives:
+                try:
+                    await self._load(replica)
+                except WeightsLost as error:
+                    self._lost = error
+                    await self._note_change()
+                    await self._until(lambda: self._weights is not weights)
             replica.joined = life == replica.lives
         except BROKEN as error:
             self._start_anew(replica, life, error)
@@ -337,7 +356,7 @@ class SamplerPool:
             self._start_anew(replica, life, error)
             return 0.0
         if life == replica.lives:
-            replica.version, replica.loading = weights.version, False
+            replica.version, replica.weights, replica.loading = weights.version, weights, False
             self._spans.append(Span(replica.name, "load", weights.version.number, begin, time.time()))
         return seconds
 
@@ -360,10 +379,11 @@ class SamplerPool:
         if self._error:
             raise self._error.with_traceback(None)
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Any) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 BROKEN = (EngineFailed, ray.exceptions.RayActorError, TimeoutError)

@@ -6,6 +6,7 @@ gradient norms and weights to OUT/stage_SETUP.pt.
 
 import dataclasses
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,26 @@ def damage(player: MainPlayer, checkpoint: Path) -> list[str]:
     return complaints
 
 
+class RunsCode:
+    """What an attacker would put into a checkpoint: unpickling it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._folder),)
+
+
+def refuses_code(player: MainPlayer, checkpoint: Path) -> bool:
+    for path in checkpoint.glob("state/*.pt"):
+        torch.save({**torch.load(path, weights_only=False), "more": RunsCode(checkpoint / "made")}, path)
+    try:
+        player.load_checkpoint(checkpoint)
+    except BadInput as error:
+        return "UnpicklingError" in str(error) and not (checkpoint / "made").exists()
+    return False
+
+
 def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     setup = SETUPS[stage] if stage in SETUPS else {"zero_stage": int(stage)}
     config = LearnerConfig(optimizer=optimizer, pack_tokens=60, grad_clip=0.5, **setup)
@@ -76,10 +97,13 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     player.save_checkpoint(out / f"checkpoint_{stage}")
     player.load_checkpoint(out / f"checkpoint_{stage}")
     player.export(out / f"model_{stage}", bucket_bytes=20_000)
-    complaints = damage(player, out / f"checkpoint_{stage}") if player.world_size == 1 else []
+    complaints, refused = [], False
+    if player.world_size == 1:
+        complaints = damage(player, out / f"checkpoint_{stage}")
+        refused = refuses_code(player, out / f"checkpoint_{stage}")
     if player.rank == 0:
         torch.save({"steps": steps, "weights": weights, "logps": logps, "scores": scores, "tied": player.tied_names,
-                    "complaints": complaints}, out / f"stage_{stage}.pt")
+                    "complaints": complaints, "refuses_code": refused}, out / f"stage_{stage}.pt")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,37 @@
-"""Processes that are really killed while a run goes on: it ends as if nothing had happened."""
+"""Processes that are really killed while a run goes on: it ends as if nothing had happened, and leaves nothing behind."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 320
+SECRETS = {
+    "WANDB_API_KEY": "5ec2e7" + 34 * "a", "HF_TOKEN": "hf_5ec2e7Hub", "AWS_SECRET_ACCESS_KEY": "5ec2e7/Aws+Key", "OPENAI_API_KEY": "sk-5ec2e7",
+}
 
 
-def start(runs: Path, name: str) -> subprocess.Popen:
+def start(runs: Path, name: str, *program: str) -> subprocess.Popen:
+    """The command line, or another program with the same arguments, in a new run or where an earlier one stopped."""
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return subprocess.Popen(
-        [sys.executable, "-m", "spin_ray", "run", "conf/demo.yaml", f"run.dir={runs}", f"run.name={name}", "spin.num_iterations=2",
-         f"data.max_prompts={NUM_PROMPTS}", "data.eval=''", "sampler.block_prompts=16", "learner.batch_pairs=8", "sampler.temperature=0",
-         "learner.checkpoint_every_steps=5"],
-        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, *(program or ("-m", "spin_ray")), "run", "conf/demo.yaml", f"run.dir={runs}", f"run.name={name}",
+         "spin.num_iterations=2", f"data.max_prompts={NUM_PROMPTS}", "data.eval=''", "sampler.block_prompts=16", "learner.batch_pairs=8",
+         "sampler.temperature=0", "learner.checkpoint_every_steps=5"],
+        cwd=ROOT, env={**env, **SECRETS}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
 
 
@@ -41,7 +49,11 @@ def wait_for(condition, what: str, timeout: float = 240) -> None:
 
 def kill(run: subprocess.Popen, title: str) -> None:
     """SIGKILL the process of the run that shows this title, or a call of that actor."""
-    found = [p for p in psutil.Process(run.pid).children(recursive=True) if (p.cmdline() or [""])[0].split(".")[0] == title]
+    found = []
+    for process in family(run):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().split(".")[0] == title and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     assert len(found) == 1, found
     found[0].kill()
 
@@ -50,22 +62,96 @@ def steps(run: Path, iteration: int) -> list[int]:
     return [r["step"] for r in records(run, "metrics.jsonl") if "train/loss" in r and r["iteration"] == iteration]
 
 
+def family(run: subprocess.Popen) -> list[psutil.Process]:
+    driver = psutil.Process(run.pid)
+    return [driver, *driver.children(recursive=True)]
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, left = psutil.wait_procs(processes, timeout=30)
+    assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What could be seen from outside while a run went on."""
+
+    processes: list[psutil.Process]
+    command_lines: str
+    listening: set[tuple[str, str]]
+    """(name of a process, address that it listens on)."""
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    runs = tmp_path_factory.mktemp("runs")
-    assert start(runs, "undisturbed").wait(timeout=400) == 0
-    return runs / "undisturbed"
-
-
-def test_sampler_and_learner_die_and_the_run_ends_as_if_nothing_had_happened(undisturbed):
-    run = undisturbed.parent / "disturbed"
+def watched(tmp_path_factory) -> tuple[Path, Watched]:
+    """An undisturbed run, looked at while both players were at work."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
     process = start(run.parent, run.name)
+    wait_for(lambda: len(steps(run, 0)) > 3, "some steps of iteration 0")
+    processes = family(process)
+    seen = Watched(
+        processes, "\n".join(" ".join(p.cmdline()) for p in processes),
+        {(p.name(), c.laddr.ip) for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN},
+    )
+    assert process.wait(timeout=400) == 0
+    return run, seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(watched) -> Path:
+    return watched[0]
+
+
+def test_a_finished_run_leaves_no_process(watched):
+    assert_gone(watched[1].processes)
+
+
+def test_secrets_of_the_environment_reach_no_file_and_no_command_line(watched):
+    run, seen = watched
+    session = re.search(r"--session-dir=(\S+)", seen.command_lines)
+    files = [path for root in (run, Path(session[1])) for path in root.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and any(path.name == "raylet.out" for path in files)
+    for name, secret in SECRETS.items():
+        assert secret not in seen.command_lines, name
+        assert [path for path in files if secret.encode() in path.read_bytes()] == [], name
+
+
+def test_ray_listens_on_this_machine_only(watched):
+    _, seen = watched
+    assert {"raylet", "gcs_server"} <= {name for name, _ in seen.listening}
+    open_to_others = {name for name, address in seen.listening if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")}
+    assert open_to_others <= {"ray::RayTrainWorker"}  # the store of torch.distributed, which cannot be told an address
+
+
+WORKER_DIES_AT_THE_FIRST_SYNC = """
+import sys, psutil
+from spin_ray.__main__ import main
+from spin_ray.selfplay import SelfPlay
+
+def load_without_worker(players, weights):
+    SelfPlay._load = load
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::RayTrainWorker"):
+            process.kill()
+            process.wait()
+    load(players, weights)
+
+load, SelfPlay._load = SelfPlay._load, load_without_worker
+sys.exit(main())
+"""
+
+
+def test_all_that_is_replaced_dies_and_the_run_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
+    run = undisturbed.parent / "disturbed"
+    (tmp_path / "dies.py").write_text(WORKER_DIES_AT_THE_FIRST_SYNC)
+    process = start(run.parent, run.name, str(tmp_path / "dies.py"))
     wait_for(lambda: list(run.glob("iter_000/pairs/*.parquet")), "the first block")
     kill(process, "ray::Sampler")
+    kill(process, "ray::MapWorker(MapBatches(PlayBlock))")
     wait_for(lambda: len(steps(run, 0)) > 12, "some steps of iteration 0")
     kill(process, "ray::RayTrainWorker")
     wait_for(lambda: len(steps(run, 1)) > 7, "some steps of iteration 1")
-    kill(process, "ray::RayTrainWorker")
+    kill(process, "ray::TrainController")
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
     assert max(r.get("sampler/num_restarts", 0) for r in records(run, "metrics.jsonl")) == 1
@@ -79,27 +165,88 @@ def test_sampler_and_learner_die_and_the_run_ends_as_if_nothing_had_happened(und
     for path in undisturbed.glob("iter_*/pairs/*.parquet"):
         expected, found = pq.read_table(path), pq.read_table(run / path.relative_to(undisturbed))
         assert expected.column("generated_ids") == found.column("generated_ids"), path
-    theirs = load_file(run / "iter_001/model/model.safetensors")
-    for name, weight in load_file(undisturbed / "iter_001/model/model.safetensors").items():
-        assert (weight - theirs[name]).abs().mean() < 1e-5, name
+    assert_same_models(undisturbed, run)
     assert not list(run.rglob("progress")) and not list(run.rglob(".*.tmp"))
 
 
 def test_interrupted_run_saves_its_progress_leaves_nothing_behind_and_goes_on(undisturbed):
-    run = undisturbed.parent / "interrupted"
+    run, shared_memory = undisturbed.parent / "interrupted", set(os.listdir("/dev/shm"))
+    process = start(run.parent, run.name)
+    wait_for(lambda: (run / "logs/driver.log").exists(), "the run's first log")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and output == "spin-ray: interrupted; the same command goes on\n"
+
     process = start(run.parent, run.name)
     wait_for(lambda: len(steps(run, 0)) > 6, "some steps of iteration 0")
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    processes = family(process)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "of iteration 0; the same command goes on" in output
-    psutil.wait_procs(family, timeout=30)
-    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    assert_gone(processes)
     assert (run / "iter_000/progress/count.json").is_file()
     done, interrupted_at = steps(run, 0), json.loads((run / "iter_000/progress/count.json").read_text())["steps"]
     assert done == list(range(interrupted_at))
+
+    process = start(run.parent, run.name)
+    wait_for(lambda: len(steps(run, 0)) > interrupted_at, "one more step of iteration 0")
+    processes = family(process)
+    ports = {c.laddr.port for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and time.monotonic() - begun < 10, output[-2000:]
+    assert_gone(processes)
+    assert not ports & {c.laddr.port for c in psutil.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+
     assert start(run.parent, run.name).wait(timeout=400) == 0
-    assert steps(run, 0) == list(range(40)) and steps(run, 1) == list(range(80))  # no step twice
-    theirs = load_file(run / "iter_001/model/model.safetensors")
-    for name, weight in load_file(undisturbed / "iter_001/model/model.safetensors").items():
-        assert (weight - theirs[name]).abs().mean() < 1e-5, name
+    assert set(steps(run, 0)) == set(range(40)) and steps(run, 1) == list(range(80))
+    assert_same_models(undisturbed, run)
+
+
+def assert_same_models(left: Path, right: Path) -> None:
+    """Bit by bit."""
+    models = list(left.glob("iter_*/model/model.safetensors"))
+    assert len(models) == 2
+    for path in models:
+        theirs = load_file(right / path.relative_to(left))
+        for name, weight in load_file(path).items():
+            assert torch.equal(weight, theirs[name]), f"{path}: {name} differs by {(weight - theirs[name]).abs().max()}"
+
+
+DIES_AFTER_A_MARK = """
+import os, sys, psutil
+from spin_ray.__main__ import main
+from spin_ray.manifest import RunDir
+
+def mark_and_die(run, stage, **facts):
+    mark(run, stage, **facts)
+    if stage != "finished":
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        os._exit(9)
+
+mark, RunDir.mark = RunDir.mark, mark_and_die
+sys.exit(main())
+"""
+
+
+def test_interrupted_after_every_stage_a_run_ends_with_the_same_bits(undisturbed, tmp_path):
+    """One replica, one worker, greedy, float32: nothing that an interruption changes may change a result."""
+    run = undisturbed.parent / "often"
+    (tmp_path / "dies.py").write_text(DIES_AFTER_A_MARK)
+    codes = []
+    while not codes or codes[-1] == 9:
+        process = start(run.parent, run.name, str(tmp_path / "dies.py"))
+        output, _ = process.communicate(timeout=400)
+        codes.append(process.returncode)
+    stages = [(mark["stage"], mark.get("iteration")) for mark in records(run, "manifest.jsonl")]
+    assert codes == [9] * (len(stages) - 1) + [0], output[-3000:]
+    assert stages == [("prepared", None), ("iteration", 0), ("checksums", 0), ("iteration", 1), ("checksums", 1), ("finished", None)]
+    for path in undisturbed.glob("iter_*/pairs/*.parquet"):
+        assert pq.read_table(path).equals(pq.read_table(run / path.relative_to(undisturbed))), path
+    assert_same_models(undisturbed, run)

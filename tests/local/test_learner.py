@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -118,6 +119,10 @@ def test_zero_stages_agree(one_worker):
     close(one_worker[0], one_worker[3])
 
 
+def test_checkpoints_that_would_run_code_are_refused(one_worker):
+    assert all(result["refuses_code"] for result in one_worker.values())
+
+
 @pytest.mark.parametrize("setup", ["offload_2", "offload_3", "checkpointed"])
 def test_offloading_and_checkpointing_change_no_number(one_worker, setup):
     close(one_worker[0], one_worker[setup])
@@ -170,3 +175,12 @@ def test_rmsprop_runs_under_every_stage(tiny_model, tmp_path):
     for stage in (2, 3):
         close(found[0], found[stage])
     assert found[0]["tied"] == {}
+
+
+def test_pickled_weights_are_never_opened(tiny_model, tmp_path):
+    from spin_ray.learner.engine import _load_model
+
+    folder = shutil.copytree(tiny_model(tied=True), tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="no weights in safetensors can be loaded from there: "):
+        _load_model(str(folder), dtype=torch.float32)

@@ -1,6 +1,7 @@
 """The opponent's real vLLM engine on the CPU: its numbers are transformers' numbers, before and after a weight load."""
 
 import os
+import shutil
 import threading
 import time
 
@@ -114,3 +115,11 @@ def test_broken_engine_fails_every_caller(opponent, monkeypatch):
             future.result(60)
     with pytest.raises(EngineFailed, match="RuntimeError: the engine core died"):
         engine.sample(Version(2), PROMPT, SAMPLED).result(60)
+
+
+def test_pickled_weights_are_never_opened(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model(tied=True), tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # not even a pickle: opening it would say so
+    os.environ.update(choose_hardware(Config(), {"CPU": 2}).sampler_env)
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        OpponentEngine(str(folder), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings={"enforce_eager": True})

@@ -161,3 +161,21 @@ def test_template_that_cannot_be_continued_is_refused():
     template = "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
     with pytest.raises(BadInput, match="generation prompt is not how it begins"):
         ChatFormat(tokenizer(template, ("</s>",), "</s>"))
+
+
+@pytest.mark.parametrize("expression", [
+    "messages.__class__.__mro__[-1].__subclasses__()", "''.__class__.__base__", "messages.append(1)", "range(10**9) | list", "1 / 0",
+    "cycler.__init__.__globals__.os.system('true')",
+])
+def test_a_template_that_breaks_out_of_the_sandbox_or_fails_is_refused_in_one_line(expression):
+    with pytest.raises(BadInput, match="my-model: the chat template cannot be used: ") as caught:
+        ChatFormat(tokenizer("{{ " + expression + " }}", ("</s>",), "</s>"), name="my-model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{{ 7*7 }}", "{% for m in messages %}x{% endfor %}", "../../etc/passwd", "demo:train", "${oc.env:HOME}", "%(x)s {x}"])
+def test_what_a_row_says_is_never_evaluated(family, text):
+    _, tok = family
+    chat = ChatFormat(tok)
+    prompt_ids, answer_ids = chat.encode([{"role": "user", "content": text}], text)
+    assert text in chat.decode(prompt_ids) and text in chat.decode(answer_ids)

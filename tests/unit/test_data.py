@@ -83,6 +83,7 @@ def test_turns(tmp_path, chat, which, number):
     ('{"messages": [', "line 2: not valid JSON"),
     ("[1, 2]", "line 2: expected an object, found list"),
     ({"text": "x"}, "line 2: none of the known columns"),
+    ({"a\n\x1b[2J": "x"}, r"this row has a\n\x1b[2J"),
     ({"messages": []}, "line 2: messages must be a list"),
     ({"messages": [USER]}, "line 2: no assistant answer"),
     ({"messages": [ASSISTANT]}, "line 2: the dialogue begins with the assistant"),
@@ -145,16 +146,101 @@ def test_unreadable_files(tmp_path, chat, name, content, message):
         load(tmp_path / name, chat)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.one_of(st.binary(max_size=200), st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
-        st.sampled_from(["messages", "prompt", "response", "conversations", "from", "value", "role", "content", "real"]), inner, max_size=3)),
-    max_leaves=8).map(lambda value: json.dumps(value).encode())))
-def test_fuzz_loads_cleanly_or_says_one_line(tmp_path, chat, content):
+def test_half_surrogates_and_endless_numbers_are_refused_in_one_line(tmp_path, chat):
+    rows = [
+        '{"prompt": "Hi \\ud800", "response": "Hello"}', '{"prompt": "Hi", "response": "Hello", "answer": "\\udfff"}',
+        '{"messages": [{"role": "\\ud800", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}',
+    ]
+    for row in rows:
+        path = jsonl(tmp_path, row, {"prompt": "Hi", "response": "Hello"})
+        with pytest.raises(BadInput, match=r"line 1: .*surrogates not allowed"):
+            load(path, chat)
+        assert load(path, chat, bad_rows="drop")[1]["dropped_bad"] == 1
+    with pytest.raises(BadInput, match="line 1: not valid JSON: Exceeds the limit"):
+        load(jsonl(tmp_path, '{"answer": ' + "1" * 5000 + "}"), chat)
+    with pytest.raises(BadInput, match="line 1: not valid JSON: maximum recursion"):
+        load(jsonl(tmp_path, "[" * 100_000), chat)
+
+
+def test_a_line_of_megabytes_is_counted(tmp_path, chat):
+    path = jsonl(tmp_path, {"messages": [USER, ASSISTANT]}, {"prompt": "Hi", "response": "x" * 2**20})
+    assert load(path, chat)[1] == {"rows": 2, "kept": 1, "dropped_long_answer": 1, "duplicates": 0}
+
+
+def test_a_row_that_looks_like_a_path_or_a_template_stays_what_it_is(tmp_path, chat):
+    (tmp_path / "other.jsonl").write_text('{"prompt": "stolen", "response": "stolen"}')
+    texts = [str(tmp_path / "other.jsonl"), "demo:train", "../../etc/passwd", "{{ 7*7 }}"]
+    prompts, _ = load(jsonl(tmp_path, *[{"prompt": text, "response": text, "answer": text} for text in texts]), chat)
+    expected = {(tuple(x), tuple(y)) for x, y in (chat.encode([{"role": "user", "content": text}], text) for text in texts)}
+    assert {(tuple(p.prompt_ids), tuple(p.real_ids)) for p in prompts} == expected and {p.answer for p in prompts} == set(texts)
+
+
+ODD_TEXT = st.text(st.characters(exclude_categories=()), max_size=8) | st.sampled_from(["Hi", "", "<|end|>", "{{ 7*7 }}", "user", "assistant"])
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ODD_TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXT | st.sampled_from(["role", "content", "from", "value"]), inner, max_size=3),
+    max_leaves=6,
+)
+TURN = st.fixed_dictionaries({}, optional={
+    "role": st.sampled_from(["user", "assistant", "system"]) | ODD, "content": ODD_TEXT | ODD, "from": st.sampled_from(["human", "gpt"]) | ODD, "value": ODD_TEXT | ODD,
+})
+COLUMN = st.lists(TURN, max_size=4) | ODD_TEXT | ODD
+NAMES = ("messages", "real", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "answer")
+ROW = st.fixed_dictionaries({}, optional={name: COLUMN for name in NAMES}) | ODD
+
+
+def loads_or_says_one_line(path, chat):
+    """Either every row is accounted for, or there is one clear line; in both ways of treating bad rows."""
+    for bad_rows in ("drop", "refuse"):
+        try:
+            prompts, counts = load(path, chat, bad_rows=bad_rows)
+        except BadInput as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert len(prompts) == counts["kept"] > 0
+            assert counts["rows"] == sum(counts.get(rule, 0) for rule in ("kept", "dropped_bad", "dropped_long_prompt", "dropped_long_answer", "duplicates"))
+
+
+FUZZ = settings(deadline=2000, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(st.lists(st.binary(max_size=60) | ROW.map(lambda row: json.dumps(row).encode()), max_size=4).map(b"\n".join))
+def test_fuzz_jsonl(tmp_path, chat, content):
     path = tmp_path / "fuzz.jsonl"
     path.write_bytes(content)
+    loads_or_says_one_line(path, chat)
+
+
+@FUZZ
+@given(st.binary(max_size=60) | (st.lists(ROW, max_size=4) | ROW).map(lambda rows: json.dumps(rows).encode()))
+def test_fuzz_json(tmp_path, chat, content):
+    path = tmp_path / "fuzz.json"
+    path.write_bytes(content)
+    loads_or_says_one_line(path, chat)
+
+
+@FUZZ
+@given(st.lists(ROW, min_size=1, max_size=4), st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=3))
+def test_fuzz_parquet(tmp_path, chat, rows, flips):
+    """Whatever Arrow can write, then some of its bytes changed."""
     try:
-        load(path, chat, bad_rows="drop")
-    except BadInput as error:
-        assert str(path) in str(error)
+        table = pa.Table.from_pylist([row if isinstance(row, dict) else {"row": row} for row in rows])
+        written = pa.BufferOutputStream()
+        pq.write_table(table, written)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):  # no such column exists
+        return
+    content = bytearray(written.getvalue().to_pybytes())
+    for place, value in flips:
+        content[place % len(content)] = value
+    path = tmp_path / "fuzz.parquet"
+    path.write_bytes(content)
+    loads_or_says_one_line(path, chat)
+
+
+@FUZZ
+@given(st.binary(max_size=200))
+def test_fuzz_bytes_called_parquet(tmp_path, chat, content):
+    path = tmp_path / "fuzz.parquet"
+    path.write_bytes(b"PAR1" + content + b"PAR1")
+    loads_or_says_one_line(path, chat)

@@ -207,7 +207,7 @@ def test_a_damaged_model_is_never_loaded(tmp_path):
     run.model(0).mkdir(parents=True)
     (run.model(0) / "model.safetensors").write_bytes(b"weights")
     run.check_model(0)  # a run that was cut off before its checksums were known
-    run.mark_checksums(0)
+    assert len(run.marks("checksums")) == 1
     run.check_model(0)
     (run.model(0) / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(BadInput, match=r"iter_000/model/model\.safetensors: missing or damaged"):
@@ -221,6 +221,27 @@ def test_damaged_prompts_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BadInput, match=r"block\.parquet: these prompts are damaged .*must be put back"):
         exchange.read_prompts(path)
+
+
+@pytest.mark.parametrize(("keep", "pairs", "checkpoints"), [
+    (RunConfig(), [True] * 4, [False, False, True, True]),
+    (RunConfig(keep_pairs_iterations=1, keep_checkpoints=2), [False, False, True, True], [False, True, True, True]),
+])
+def test_what_finished_iterations_leave_and_a_crash_kept_is_dropped(tmp_path, keep, pairs, checkpoints):
+    run = RunDir(tmp_path)
+    for t in range(4):
+        for path in (run.progress(t), run.checkpoint(t), run.iteration(t) / "pairs"):
+            path.mkdir(parents=True)
+    for t in range(3):
+        run.mark("iteration", iteration=t)
+    run.drop_outdated(keep)
+    assert [run.progress(t).exists() for t in range(4)] == [False, False, False, True]
+    assert [run.checkpoint(t).exists() for t in range(4)] == checkpoints
+    assert [(run.iteration(t) / "pairs").exists() for t in range(4)] == pairs  # the newest finished ones are replayed
+
+
+def test_nothing_to_play_is_no_pipeline_at_all():
+    assert list(exchange.play(None, [], 1)) == []
 
 
 def test_bench_overlap_compares_pairs_one_by_one(tmp_path, make_pairs):

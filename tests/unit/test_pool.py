@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ray
 
-from spin_ray.errors import EngineFailed, WrongVersion
+from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion
 from spin_ray.records import PublishedWeights, SamplingSettings, Version
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, PLAY, Limits, SamplerPool
@@ -313,5 +313,62 @@ def test_spans_say_who_did_what():
             (f"opponent {replica}", activity, version) for replica in (0, 1) for activity, version in (("play", 0), ("load", 1))
         }
         assert all(span.begin <= span.end for span in spans) and await pool.spans() == []
+
+    run(scenario)
+
+
+class Loses(FakeSampler):
+    """Finds the weights lost that carry no bytes."""
+
+    async def load(self, weights):
+        if not weights.num_bytes:
+            raise WeightsLost("gone")
+        return await super().load(weights)
+
+
+def test_lost_weights_are_said_to_be_lost_and_can_be_loaded_again():
+    async def scenario():
+        pool = await started(Loses(THETA_0), FakeSampler(THETA_0, load_s=0.05))
+        with pytest.raises(WeightsLost):
+            await pool.load(weights(THETA_1))
+        await pool.load(PublishedWeights(THETA_1, (), 8))
+        await pool.release(THETA_1)
+        answers = await pool.sample(THETA_1, prompts(8 * CHUNK), SETTINGS)
+        assert {completion.version for completion in answers} == {THETA_1} and await pool.num_restarts() == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("how", ["load", "saved"])
+def test_a_replica_that_joins_when_the_weights_are_lost_waits_for_them(how):
+    async def scenario():
+        late = Loses(THETA_0, start_s=0.05)
+        pool = await started(FakeSampler(THETA_0), late, room=CHUNK)
+        await pool.load(weights(THETA_1))
+        await asyncio.sleep(0.1)
+        assert late._version == THETA_0
+        if how == "load":
+            await pool.load(PublishedWeights(THETA_1, (), 8))
+        else:
+            late.load = FakeSampler.load.__get__(late)  # the folder is there
+            await pool.saved(THETA_1, "folder")
+        await pool.release(THETA_1)
+        await pool.sample(THETA_1, prompts(8 * CHUNK), SETTINGS)
+        assert late.num_prompts > 0
+
+    run(scenario)
+
+
+def test_nobody_waits_for_answers_under_weights_that_are_lost():
+    async def scenario():
+        pool = await started(Loses(THETA_0), room=CHUNK, max_restarts=1)
+        pool._replicas[0].joined = False  # as while it starts anew
+        assert await pool.load(weights(THETA_1)) == []
+        asked = asyncio.create_task(pool.score(THETA_1, prompts(1), prompts(1), AUDIT))
+        pool._spawn(pool._join(pool._replicas[0]))
+        with pytest.raises(WeightsLost):
+            await asked
+        await pool.load(PublishedWeights(THETA_1, (), 8))
+        assert len(await pool.score(THETA_1, prompts(1), prompts(1), AUDIT)) == 1
 
     run(scenario)

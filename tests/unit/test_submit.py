@@ -1,0 +1,53 @@
+"""What a submitted job is told, and the exit code; the job itself is tests/local/test_job.py's business."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from ray.job_submission import JobStatus
+
+from spin_ray import submit
+
+
+class Cluster:
+    """A cluster on which every job ends at once."""
+
+    status, code = JobStatus.SUCCEEDED, 0
+
+    def __init__(self):
+        self.submitted = {}
+
+    def submit_job(self, **job):
+        self.submitted = job
+        return "job"
+
+    async def tail_job_logs(self, job):
+        yield "log\n"
+
+    def get_job_status(self, job):
+        return self.status
+
+    def get_job_info(self, job):
+        return SimpleNamespace(driver_exit_code=self.code)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    cluster = Cluster()
+    monkeypatch.setattr(submit, "JobSubmissionClient", lambda address: cluster)
+    return cluster
+
+
+def test_no_secret_of_the_environment_is_passed_on(cluster, monkeypatch):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "5ec2e7")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert asyncio.run(submit.submit(["conf/demo.yaml", "run.name=x y"])) == 0
+    assert "5ec2e7" not in repr(cluster.submitted) and cluster.submitted["runtime_env"]["env_vars"]["WANDB_MODE"] == "offline"
+    assert cluster.submitted["entrypoint"].endswith("run conf/demo.yaml 'run.name=x y'")
+
+
+@pytest.mark.parametrize("code, expected", [(2, 2), (130, 130), (-9, 1), (None, 1)])
+def test_the_exit_code_is_the_job_s(cluster, code, expected):
+    cluster.status, cluster.code = JobStatus.FAILED, code
+    assert asyncio.run(submit.submit(["conf/demo.yaml"])) == expected
