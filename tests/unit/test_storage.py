@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.fs as pafs
@@ -14,7 +15,11 @@ from spin_ray.errors import BadInput
 from spin_ray.exchange import pairs as exchange
 from spin_ray.learner.coordinator import Base, Joined
 from spin_ray.learner.loop import Worker
+<<<<<<< HEAD
 from spin_ray.learner.messages import Save
+=======
+from spin_ray.learner.messages import Count, Save
+>>>>>>> storage
 from spin_ray.manifest import RunDir
 from spin_ray.records import PAIR_SCHEMA, to_table
 from spin_ray.storage import DISK, Disk, ObjectStore, _connect, open_storage
@@ -181,6 +186,64 @@ def test_full_disk_under_export_commit_and_manifest_is_one_line_that_names_the_f
     assert not run.checkpoint(0).exists()
     with pytest.raises(BadInput, match=r"manifest\.jsonl: cannot be written: No space left on device"):
         run.mark("iteration")
+
+
+class Saver(SimpleNamespace):
+    """A main player of one number, which it saves and loads."""
+
+    rank = 0
+    state = 0
+
+    def wait_for_all_ranks(self):
+        pass
+
+    def begin_iteration(self):
+        self.state = 0
+
+    def save_checkpoint(self, folder):
+        write(folder / "state" / "rank_0", str(self.state))
+
+    def load_checkpoint(self, folder):
+        self.state = int((folder / "state" / "rank_0").read_text())
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_progress_is_replaced_as_a_whole_and_a_save_that_is_cut_short_changes_nothing(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    url = f"memory://test/{uuid.uuid4().hex}"
+
+    def worker(node):
+        storage = DISK if kind == "disk" else ObjectStore(url, tmp_path / node)
+        worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=storage))
+        worker._log_span = lambda *_: None
+        progress = tmp_path / ("run" if kind == "disk" else node) / "iter_000/progress"
+        return worker, SimpleNamespace(progress_path=str(progress)), storage
+
+    first, command, storage = worker("here")
+    assert first._take_up(command) == Count()
+    for first._player.state in (5, 10):
+        first._save_progress(command, Count(steps=first._player.state))
+    first._player.state = 15
+    monkeypatch.setattr(storage.__class__, "written", lambda *_: 1 / 0)  # between the folder and its mark
+    with pytest.raises(ZeroDivisionError):
+        first._save_progress(command, Count(steps=15))
+    monkeypatch.undo()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    second, command, storage = worker("there")
+    assert second._take_up(command).steps == 10 == second._player.state
+    progress = Path(command.progress_path)
+    assert [storage.exists(progress / f"step_{steps}") for steps in (5, 10, 15)] == [False, True, True]
+    second._player.state = 15
+    second._save_progress(command, Count(steps=15))
+    third, command, storage = worker("elsewhere")
+    assert third._take_up(command).steps == 15 == third._player.state
+    assert not storage.exists(Path(command.progress_path) / "step_10")
+
+
+def test_damaged_progress_is_named(tmp_path):
+    write(tmp_path / "count.json", '{"steps": 5, "p')
+    with pytest.raises(BadInput, match=r"count\.json: damaged .*begin the iteration's training again"):
+        Worker(Saver(), SimpleNamespace(coordinator=None, storage=DISK))._take_up(SimpleNamespace(progress_path=str(tmp_path)))
 
 
 def test_a_committed_folder_replaces_the_earlier_one(tmp_path):
