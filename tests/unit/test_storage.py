@@ -15,11 +15,7 @@ from spin_ray.errors import BadInput
 from spin_ray.exchange import pairs as exchange
 from spin_ray.learner.coordinator import Base, Joined
 from spin_ray.learner.loop import Worker
-<<<<<<< HEAD
-from spin_ray.learner.messages import Save
-=======
 from spin_ray.learner.messages import Count, Save
->>>>>>> storage
 from spin_ray.manifest import RunDir
 from spin_ray.records import PAIR_SCHEMA, to_table
 from spin_ray.storage import DISK, Disk, ObjectStore, _connect, open_storage
@@ -214,7 +210,7 @@ def test_progress_is_replaced_as_a_whole_and_a_save_that_is_cut_short_changes_no
 
     def worker(node):
         storage = DISK if kind == "disk" else ObjectStore(url, tmp_path / node)
-        worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=storage))
+        worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=storage), Joined(Base("", None), 1, 0))
         worker._log_span = lambda *_: None
         progress = tmp_path / ("run" if kind == "disk" else node) / "iter_000/progress"
         return worker, SimpleNamespace(progress_path=str(progress)), storage
