@@ -58,9 +58,9 @@ def _end(code: int, message: str) -> int:
 
 
 def _cause(error: Exception) -> BaseException:
-    if isinstance(error, (BadInput, RunStopped)) or "ray" not in sys.modules:
+    if "ray" not in sys.modules:
         return error
-    from spin_ray.system import first_error  # only errors of a started run are wrapped
+    from spin_ray.system import first_error  # of an error that comes from an actor Ray makes one that is both, its type and RayError
 
     return first_error(error)
 

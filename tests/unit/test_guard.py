@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import ray
 
+from spin_ray.__main__ import COMMANDS, main
 from spin_ray.config import Config, GuardConfig, ModelConfig, RunConfig, SamplerConfig
-from spin_ray.errors import Diverged, in_one_line
+from spin_ray.errors import Diverged, EngineFailed, in_one_line
 from spin_ray.guard import FirstAnswers, Rollbacks, check_logps, check_nll
 from spin_ray.learner.messages import Divergence
 from spin_ray.manifest import RunDir
@@ -144,6 +146,19 @@ def test_a_divergence_of_a_group_that_has_died_meanwhile_counts_as_nothing(rollb
     run, guard = rollbacks(Heard(rolls_back=False))
     guard.answer(divergence())
     assert run.marks("rollback") == []
+
+
+def test_an_actor_s_error_reaches_the_terminal_without_ray_s_traceback(capsys, monkeypatch):
+    """`ray.get` raises an instance of the error's own class whose text is a traceback."""
+    raised = ray.exceptions.RayTaskError("score", "Traceback\n  File pool.py\n", EngineFailed("sampler 0: died; see logs")).as_instanceof_cause()
+    assert isinstance(raised, EngineFailed) and "Traceback" in str(raised)
+
+    def fails(config, origin):
+        raise raised
+
+    monkeypatch.setitem(COMMANDS, "run", (fails, ""))
+    assert main(["run", str(Path(__file__).parents[2] / "conf/demo.yaml")]) == 1
+    assert capsys.readouterr().err == "spin-ray: sampler 0: died; see logs\n"
 
 
 def test_errors_in_one_line():

@@ -238,8 +238,9 @@ def test_progress_is_replaced_as_a_whole_and_a_save_that_is_cut_short_changes_no
 
 def test_damaged_progress_is_named(tmp_path):
     write(tmp_path / "count.json", '{"steps": 5, "p')
+    worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=DISK), Joined(Base("", None), 1, 0))
     with pytest.raises(BadInput, match=r"count\.json: damaged .*begin the iteration's training again"):
-        Worker(Saver(), SimpleNamespace(coordinator=None, storage=DISK))._take_up(SimpleNamespace(progress_path=str(tmp_path)))
+        worker._take_up(SimpleNamespace(progress_path=str(tmp_path)))
 
 
 def test_a_committed_folder_replaces_the_earlier_one(tmp_path):
