@@ -123,7 +123,7 @@ class SamplerConfig:
     """Answers that one engine writes at the same time."""
     request_timeout_s: float = 1800.0
     """Seconds after which a replica that still owes an answer counts as hanging, and is started anew."""
-    heartbeat_timeout_s: float = 120.0
+    heartbeat_timeout_s: float = 300.0
     """Seconds without a sign of life of a replica that owes answers, or that its engine is at one step, after which it counts as
     hanging; 0: only `request_timeout_s` tells."""
     max_restarts: int = 5

@@ -3,7 +3,7 @@
 | bad number | seen by | answer |
 |---|---|---|
 | a loss or gradient that is none | the learner's workers, at every step | `guard.on_divergence`: stop, or roll the iteration back |
-| opponent's log-probs that are none | `check_logps`, in every block | stop: a rollback starts from the weights that wrote them |
+| opponent's log-probs that are none | exchange/pairs.py, in every block | stop: a rollback starts from the weights that wrote them |
 | only empty or only truncated answers | `FirstAnswers`, per iteration | stop: the same |
 | a held-out NLL that explodes | `check_nll`, per version | stop: theta_{t+1} is finished, and the next opponent |
 | sampler and learner disagree | exchange/audit.py | stop: no training mends it |
@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,8 +68,8 @@ class FirstAnswers:
         self._guard, self._room, self._chat = config.guard, config.sampler.max_new_tokens, chat
         self._seen: dict[tuple[int, str], list[bool]] = defaultdict(list)
 
-    def look(self, t: int, table: pa.Table, path: Path) -> dict[str, float]:
-        """Take in a block of iteration t, in `path`; returns the shares that are known from it on. Raises Diverged past a limit."""
+    def look(self, t: int, table: pa.Table, where: str) -> dict[str, float]:
+        """Take in a block of iteration t, at `where`; returns the shares that are known from it on. Raises Diverged past a limit."""
         guard, shares = self._guard, {}
         limits = {"empty": guard.max_empty_share, "truncated": guard.max_truncated_share}
         for kind, limit in limits.items():
@@ -85,7 +84,7 @@ class FirstAnswers:
                 of = " whose real answer fits into sampler.max_new_tokens" if kind == "truncated" else ""
                 raise Diverged(
                     f"iteration {t}: {sum(seen)} of the opponent's first {len(seen)} answers{of} are {kind}, a share of {share:.3f} "
-                    f"(guard.max_{kind}_share={limit:g}): nothing is to be learnt from them; see {path}, and theta_{t}, which wrote them"
+                    f"(guard.max_{kind}_share={limit:g}): nothing is to be learnt from them; see {where}, and theta_{t}, which wrote them"
                 )
         return shares
 
@@ -97,17 +96,7 @@ class FirstAnswers:
         return [row["finish_reason"] == "length" for row in rows if len(row["real_ids"]) <= self._room]
 
 
-def check_logps(t: int, table: pa.Table, path: Path) -> None:
-    """Raise Diverged for a block in which a log-prob of the opponent is not a number."""
-    for name in ("opponent_real_logps", "opponent_generated_logps"):
-        numbers = np.isfinite(table.column(name).combine_chunks().flatten())
-        if not numbers.all():
-            raise Diverged(
-                f"iteration {t}: {np.sum(~numbers)} of {len(numbers)} {name} are not numbers; see {path}, and theta_{t}, which gave them"
-            )
-
-
-def check_nll(version: int, nll: float, sft_nll: float, config: Config, model: Path) -> None:
+def check_nll(version: int, nll: float, sft_nll: float, config: Config, model: str) -> None:
     """Raise Diverged if the held-out NLL of theta_version, per token, has risen too far above the SFT model's."""
     limit = config.guard.max_nll_rise_nats
     if limit and not nll - sft_nll <= limit:

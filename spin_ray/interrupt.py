@@ -29,11 +29,11 @@ class Interrupts:
     @contextmanager
     def graceful(self) -> Iterator[Interrupts]:
         """While the body runs, the first signal only sets `requested`."""
-        self._graceful = True
+        before, self._graceful = self._graceful, True
         try:
             yield self
         finally:
-            self._graceful = False
+            self._graceful = before
 
     def _note(self, *_: Any) -> None:
         if self.requested or not self._graceful:

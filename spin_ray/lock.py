@@ -112,8 +112,10 @@ def _beat(storage: Disk, path: Path, me: Owner, to_user: TextIO) -> None:
               "this one ends", file=to_user, flush=True)
         from spin_ray.system import leave  # not at the top: it loads torch and ray
 
-        leave(1)
-        os._exit(1)
+        try:
+            leave(1)
+        finally:
+            os._exit(1)
     _write(storage, path, replace(me, seen=time.time()))
 
 

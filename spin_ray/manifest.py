@@ -7,6 +7,7 @@ Readers believe only the mark (and a block's final name, which is a mark of its 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -23,9 +24,8 @@ from spin_ray.storage import DISK, Disk, open_storage, readable_disk_errors
 
 _MARKING = threading.Lock()
 """Threads of one process mark stages side by side; `RunDir.locked` keeps other processes out."""
-_GOES_ON = ("manifest.jsonl", "metrics.jsonl", "timeline.jsonl", "wandb_id")
-"""What the driver of a resumed run goes on writing; on an object store it fetches them."""
-_FOLLOWED = ("metrics.jsonl", "timeline.jsonl", "timeline.png", "wandb_id", "wandb", "logs")
+_APPENDED = ("metrics.jsonl", "timeline.jsonl")
+_DRAWN = ("timeline.png", "wandb_id", "wandb", "logs")
 """What the driver's own disk collects; an object store gets it every UPLOAD_S and at the end."""
 UPLOAD_S = 60.0
 
@@ -55,7 +55,7 @@ class RunDir:
 
     def _take_up(self, config: Config, command: str) -> None:
         saved = self.storage.fetch(self.path / "config.json")
-        before = _parse(saved.read_bytes(), saved) if saved.exists() else {}
+        before = self._parse(saved) if saved.exists() else {}
         other_command = before.pop("command", command) != command
         changed = [f"command: now {command}"] * other_command + (differences(config, before) if before else [])
         if changed and (self.storage.exists(self.iteration(0)) or self.storage.exists(self.path / "model")):
@@ -79,14 +79,19 @@ class RunDir:
         with held(self.storage, self.path / "lock"):
             for leftover in self.path.rglob(".*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            for name in _GOES_ON:
+            for name in ("manifest.jsonl", "wandb_id"):
                 self.storage.fetch(self.path / name)
+            for name in _APPENDED:
+                self.storage.fetch_longer(self.path / name)
             with every(UPLOAD_S, self._publish_followed):
                 yield
 
     def _publish_followed(self) -> None:
-        for name in _FOLLOWED:
-            self.storage.publish(self.path / name)
+        for name in (*_APPENDED, *_DRAWN):
+            try:
+                self.storage.publish(self.path / name)
+            except BadInput as error:  # W&B's files come and go; the others must not wait for them
+                logging.getLogger(__name__).warning("%s", error)
 
     @property
     def logs(self) -> Path:
@@ -163,16 +168,17 @@ class RunDir:
                 os.fsync(manifest.fileno())
             self.storage.publish(path)
 
+    def _parse(self, path: Path, line: bytes | None = None) -> dict[str, Any]:
+        """The JSON of a file, or of one of its lines."""
+        try:
+            return json.loads(path.read_bytes() if line is None else line)
+        except ValueError as error:
+            remedy = "put the file back, or start a new run"
+            raise BadInput(f"{self.storage.name(path)}: damaged since this run wrote it ({error}); {remedy}") from error
+
     def marks(self, stage: str) -> list[dict[str, Any]]:
         """Lines of this stage, oldest first; a line cut by a crash is not believed."""
         manifest = self.path / "manifest.jsonl"
         lines = manifest.read_bytes().splitlines(keepends=True) if manifest.exists() else []
-        entries = [_parse(line, manifest) for line in lines if line.endswith(b"\n")]
+        entries = [self._parse(manifest, line) for line in lines if line.endswith(b"\n")]
         return [entry for entry in entries if entry["stage"] == stage]
-
-
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise BadInput(f"{path}: damaged since this run wrote it ({error}); put the file back, or start a new run") from error

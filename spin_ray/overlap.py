@@ -67,6 +67,10 @@ class Overlap:
         """Optimizer steps of iteration t."""
         return self._config.num_steps(sum(self._sizes) * (2 if self._config.spin.replay and t > 0 else 1), self._config.spin.num_epochs)
 
+    def steps_before(self, t: int) -> int:
+        """Optimizer steps of all iterations before t."""
+        return sum(map(self.num_steps, range(t)))
+
     def snapshot(self, t: int) -> tuple[int, Version] | None:
         """(optimizer steps taken, version) of the snapshot in iteration t that plays ahead into t + 1; None: there is none.
 

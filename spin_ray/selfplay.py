@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -32,13 +33,13 @@ from spin_ray.config import Config
 from spin_ray.data import counted, load_prompts
 from spin_ray.errors import BadInput, WeightsLost
 from spin_ray.evaluation import evaluate
-from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
+from spin_ray.exchange.audit import Audit, AuditError, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.pairs import PlayPlan, play, read_prompts, write_prompts, write_table
-from spin_ray.guard import FirstAnswers, Rollbacks, check_logps, check_nll
+from spin_ray.guard import FirstAnswers, Rollbacks, check_nll
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.messages import Divergence, Publish, Save, Score, StepRecord, Train, TrainReport
+from spin_ray.learner.messages import Divergence, Publish, Save, Saving, Score, StepRecord, Train, TrainReport
 from spin_ray.losses import LOSS_AT_ZERO, spin_loss
 from spin_ray.manifest import RunDir
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
@@ -166,7 +167,6 @@ class SelfPlay:
         """Iterations whose training has a snapshot that played ahead."""
         self._settings = sampling_settings(config, facts.chat)
         self._tokens_per_pair = 2 * float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
-        self._steps_before = sum(mark["report"]["num_steps"] for mark in run.marks("iteration"))
         self._mismatch: dict[int, float] = {}
         """Iteration -> beta times the nats by which the engines' difference may move a pair's log-ratio."""
         self._plays: dict[int, _Play] = {}
@@ -181,7 +181,7 @@ class SelfPlay:
             training = self._post_training(self._first)
             beside = [self._beside(self._play_opponent)]  # its pipeline starts up while the engines do
             self._wait_for_sampler()
-            self._audit(Version(self._first), probe)
+            self._audit(Version(self._first), self._learner.result(probe))
             beside += self._release(self._first, {})
             for t in range(self._first, self._last):
                 report = follow(self._learner, training, self._note, self._interrupts)
@@ -216,9 +216,8 @@ class SelfPlay:
             self._note_played(block, table, count)
 
     def _note_played(self, block: BlockSpec, table: pa.Table, count: _Play) -> None:
-        t, path = block.iteration, self._run.pairs(block.iteration, block.kind, block.index)
-        check_logps(t, table, path)
-        if block.kind == "block" and (shares := self._first_answers.look(t, table, path)):
+        t, name = block.iteration, self._run.storage.name(self._run.pairs(block.iteration, block.kind, block.index))
+        if block.kind == "block" and (shares := self._first_answers.look(t, table, name)):
             self._tracker.log("sampler", shares, iteration=t, opponent_version=t)
         count.pairs += len(table)
         count.drawn += 0 if block.kind == "replay" else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
@@ -244,19 +243,23 @@ class SelfPlay:
             wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t), progress_path=str(self._run.progress(t)),
         ))
 
-    def _note(self, record: StepRecord | Span | Divergence) -> None:
+    def _note(self, record: StepRecord | Span | Saving | Divergence) -> None:
         """What the learner's workers have to say while they train."""
-        if isinstance(record, Span):
-            self._timeline.add([record])
-            return
-        if isinstance(record, Divergence):
-            self._rollbacks.answer(record, played_ahead=self._has_played_ahead(record.iteration, record.step))
-            return
+        match record:
+            case Span():
+                self._timeline.add([record])
+            case Divergence():
+                self._rollbacks.answer(record, played_ahead=self._has_played_ahead(record.iteration, record.step))
+            case StepRecord():
+                self._note_step(record)
+
+    def _note_step(self, record: StepRecord) -> None:
         t, step, metrics = record.iteration, record.step, record.metrics
         if step == 0:
             self._check_first_loss(t, metrics["spin_loss"])
         if step % self._config.tracking.log_every_steps == 0 or step == record.total_steps - 1:
-            self._tracker.log("train", {**metrics, "global_step": self._steps_before + step}, iteration=t, step=step, opponent_version=t)
+            logged = {**metrics, "global_step": self._overlap.steps_before(t) + step}
+            self._tracker.log("train", logged, iteration=t, step=step, opponent_version=t)
         text = f"iteration {t}  step {step + 1}/{record.total_steps}  loss {metrics['loss']:.3f}  margin {metrics['margin']:.2f}  " \
                f"{metrics['pairs_per_s']:.0f} pairs/s  waited {metrics['waited_s']:.1f} s"
         self._last_metrics[t] = metrics
@@ -287,20 +290,26 @@ class SelfPlay:
             group = None
             while group != (group := learner.group()):  # again until one and the same group has answered it all
                 try:
-                    self._load(learner.result(publish))
-                    audit = self._audit(Version(version), probe)  # while the main player writes its files
-                    learner.result(save)
+                    self._load(self._result(publish))
+                    audit = self._audit(Version(version), self._result(probe))  # while the main player writes its files
+                    self._result(save)
                 except WeightsLost:
                     learner.wait_for_group_after(group)
+                except AuditError:
+                    if group == learner.group():  # else the samplers hold the weights of a group that has died
+                        raise
             run.storage.commit(run.model(t))
             run.storage.commit(run.checkpoint(t))
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
             moved = learner.move_base(Base(str(run.model(t)), masters, first_command=save + 1, iteration=version), group)
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
-        self._steps_before += report.num_steps
         run.drop_outdated(self._config.run)
         return training
+
+    def _result(self, key: int | Version) -> Any:
+        """What the learner has to answer at an iteration's border, where a new group of workers may train once more first."""
+        return follow(self._learner, key, self._note, self._interrupts, patience_s=math.inf)
 
     def _load(self, weights: PublishedWeights) -> None:
         """Bring new weights to the samplers, once they owe nothing under the old ones. Raises WeightsLost."""
@@ -334,12 +343,11 @@ class SelfPlay:
         prompts = self._prepared.train[: self._config.audit.num_prompts]
         return Score(tuple(real_only(prompt, self._first) for prompt in prompts))
 
-    def _audit(self, version: Version, probe: int) -> Audit:
-        """Sampler and learner score the same real answers; `probe` is the number of the learner's Score command."""
+    def _audit(self, version: Version, probed: list[np.ndarray]) -> Audit:
+        """Sampler and learner score the same real answers; `probed` is what the learner answered to `_probe`."""
         prompts, t = self._prepared.train[: self._config.audit.num_prompts], version.number
         sampler = ray.get(self._pool.score.remote(version, [p.prompt_ids for p in prompts], [p.real_ids for p in prompts], AUDIT))
-        learner = self._learner.result(probe)[::2]
-        audit = compare(t, sampler, learner, self._hardware.audit_tolerance)
+        audit = compare(t, sampler, probed[::2], self._hardware.audit_tolerance)
         self._tracker.log("audit", {"mean_abs_logp_difference_nats": audit.mean_nats, "max_abs_logp_difference_nats": audit.max_nats},
                           opponent_version=t)
         if t < self._last:
@@ -410,7 +418,8 @@ class SelfPlay:
         self._terminal.row({"model": f"theta_{version}" if version else "SFT", **metrics, **trained})
         if metrics and version:
             name = "real_nll_nats_per_token"
-            check_nll(version, metrics[name], marks[0][name], self._config, self._run.model(version - 1))
+            model = self._run.storage.name(self._run.model(version - 1))
+            check_nll(version, metrics[name], marks[0][name], self._config, model)
 
     def _draw_timeline(self) -> None:
         """timeline.png: what both players did when, of all sessions of this run; also where the run failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from typing import Any
 
@@ -57,7 +58,8 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
             ))
             rollbacks = Rollbacks(config, run, learner, tracker, terminal)
             follow(learner, number, functools.partial(_note, tracker, terminal, rollbacks), interrupts)
-            learner.run(Save(str(run.path / "model")))
+            saved = learner.post(Save(str(run.path / "model")))
+            follow(learner, saved, functools.partial(_note, tracker, terminal, rollbacks), interrupts, patience_s=math.inf)
             run.storage.commit(run.path / "model")
         learner.stop()
     run.mark("finished")

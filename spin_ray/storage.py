@@ -45,6 +45,9 @@ class Disk:
         """See to it that a file or a folder is at `path` on this node if the run has it, and not if it has not."""
         return path
 
+    def fetch_longer(self, path: Path) -> None:
+        """The same for a file that is only appended to, unless this node has more of it."""
+
     def publish(self, path: Path) -> None:
         """Let the run have what is at `path` on this node."""
 
@@ -53,7 +56,8 @@ class Disk:
 
     def remove(self, path: Path) -> None:
         """Remove a file or a folder that may not be there."""
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with readable_disk_errors(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     @contextmanager
     def written(self, path: Path) -> Iterator[Path]:
@@ -160,6 +164,12 @@ class ObjectStore(Disk):
             else:
                 self._fetch_folder(path, infos)
         return path
+
+    def fetch_longer(self, path: Path) -> None:
+        with self._readable_errors(path):
+            for info in self._infos(path):
+                if not path.exists() or path.stat().st_size < info.size:
+                    self._download(info)
 
     def _infos(self, path: Path) -> list[pafs.FileInfo]:
         """What the store knows of a file, or of all files of a folder."""

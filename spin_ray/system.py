@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -48,8 +49,9 @@ def leave(code: int) -> None:
     with a code of its own, before its message is out.
     """
     if ray.is_initialized():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # it cannot end sooner
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # it cannot end sooner
         sys.stdout.flush()
         sys.stderr.flush()
         for process in psutil.Process().children(recursive=True):  # a cluster that was joined is nobody's child

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,10 +86,10 @@ def _main(options: argparse.Namespace, folder: Path) -> int:
     faults = [fault for job in jobs for fault in job.faults]
     counted = {key: sum(check[key] for check in checks) for key in COUNTED}
     counted["leftover_processes"] = sum(len(job.leftovers) for job in jobs)
-    differences = {key: max(check[key] for check in checks) for key in ("different_answers", "weight_difference", "nll_difference")}
+    differences = {key: _largest(check[key] for check in checks) for key in ("different_answers", "weight_difference", "nll_difference")}
     print_result({
         "faults": len(faults), "survived": sum(fault.survived for fault in faults), **counted, **differences,
-        "overhead_share": round(1 - len(jobs) * float(alone_s.read_text()) / seconds, 3), "disturbed_s": round(seconds, 1),
+        "overhead_share": round(1 - len(jobs) * float(alone_s.read_text()) / max(seconds, 1e-9), 3), "disturbed_s": round(seconds, 1),
         "jobs": len(jobs), "kinds": dict(Counter(fault.kind for fault in faults)), "restarts": sum(fault.restarts for fault in faults),
         "not_healed": [fault.kind for fault in faults if fault.restarts and fault.kind in HEALED],
     })
@@ -263,7 +263,7 @@ def compare(alone: Path, run: Path) -> dict[str, Any]:
         "wrong_version_pairs": sum(version != versions.get(key) for key, version, _ in found),
         "different_answers": sum(answer != answers.get(key) for key, _, answer in found),
         "missing_models": len(models) - len(differences),
-        "weight_difference": max(differences, default=0.0),
+        "weight_difference": _largest(differences),
         "nll_difference": abs(_nll(alone) - _nll(run)),
     }
 
@@ -280,7 +280,12 @@ def _pairs(run: Path) -> list[tuple[tuple[str, str, int], tuple[int, ...], list[
 def _weight_difference(left: Path, right: Path) -> float:
     """Largest mean |difference| of a tensor."""
     ours, theirs = load_file(left), load_file(right)
-    return max(float(np.abs(weight - theirs[name]).mean()) for name, weight in ours.items())
+    return _largest(float(np.abs(weight - theirs[name]).mean()) for name, weight in ours.items())
+
+
+def _largest(numbers: Iterable[float]) -> float:
+    """0 of none; not a number if any is none, which Python's own `max` may hide."""
+    return float(np.max([0.0, *numbers]))
 
 
 def _nll(run: Path) -> float:

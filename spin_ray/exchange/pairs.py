@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, Diverged
 from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.placement import PLAY_TASK_CPUS, play_processes
@@ -61,30 +61,30 @@ def write_table(path: Path, table: pa.Table, storage: Disk = DISK) -> None:
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path, storage: Disk = DISK) -> list[Prompt]:
     """The prompts of a file that `write_table` wrote. Raises BadInput naming it if it is damaged."""
-    return from_table(_read_table(path, PROMPT_SCHEMA, "these prompts are damaged", "the file must be put back"), Prompt)
+    return from_table(_read_table(path, storage, PROMPT_SCHEMA, "these prompts are damaged", "the file must be put back"), Prompt)
 
 
-def read_pairs(path: Path) -> pa.Table:
+def read_pairs(path: Path, storage: Disk = DISK) -> pa.Table:
     """The pairs of a block. Raises BadInput naming the file if its bytes are not those that were written."""
     remedy = "one of the present iteration is played again by itself, one of an earlier iteration must be put back"
-    return _read_table(path, PAIR_SCHEMA, "this block of pairs is damaged", remedy)
+    return _read_table(path, storage, PAIR_SCHEMA, "this block of pairs is damaged", remedy)
 
 
-def _read_table(path: Path, schema: pa.Schema, complaint: str, remedy: str) -> pa.Table:
+def _read_table(path: Path, storage: Disk, schema: pa.Schema, complaint: str, remedy: str) -> pa.Table:
     try:
-        return pq.read_table(path, schema=schema, page_checksum_verification=True)
+        return pq.read_table(storage.fetch(path), schema=schema, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise BadInput(f"{path}: {complaint} ({str(error).splitlines()[0]}); {remedy}") from error
+        raise BadInput(f"{storage.name(path)}: {complaint} ({str(error).splitlines()[0]}); {remedy}") from error
 
 
-def pairs_on_disk(path: Path) -> pa.Table | None:
+def pairs_on_disk(path: Path, storage: Disk = DISK) -> pa.Table | None:
     """The pairs of a block that is finished and whole; None for one that has to be played, also because a disk has damaged it."""
-    if not path.exists():
+    if not storage.fetch(path).exists():
         return None
     try:
-        return read_pairs(path)
+        return read_pairs(path, storage)
     except BadInput as error:
         logging.getLogger(__name__).warning("%s", error)
         return None
@@ -123,19 +123,19 @@ class PlayBlock:
 
     async def __call__(self, row: dict[str, np.ndarray]) -> pa.Table:
         plan, block = self._plan, self._blocks[int(row["place"][0])]
-        storage = plan.run.storage
-        path = await asyncio.to_thread(storage.fetch, plan.run.pairs(block.iteration, block.kind, block.index))
-        if (finished := await asyncio.to_thread(pairs_on_disk, path)) is not None:
+        storage, path = plan.run.storage, plan.run.pairs(block.iteration, block.kind, block.index)
+        if (finished := await asyncio.to_thread(pairs_on_disk, path, storage)) is not None:
             return finished
         await plan.pool.released.remote(block.version)  # a replayed block's pairs are all on disk by then
-        pairs = await {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block)
-        await asyncio.to_thread(write_table, path, to_table(pairs, PAIR_SCHEMA), storage)
+        table = to_table(await {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block), PAIR_SCHEMA)
+        check_logps(block, table)
+        await asyncio.to_thread(write_table, path, table, storage)
         return await asyncio.to_thread(read_pairs, path)
 
 
 async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and the real one."""
-    prompts = read_prompts(await asyncio.to_thread(plan.run.storage.fetch, plan.run.prompts(block.index)))
+    prompts = await asyncio.to_thread(read_prompts, plan.run.prompts(block.index), plan.run.storage)
     questions, answers = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
     drawn = plan.pool.sample.remote(block.version, questions, plan.settings, PLAY, block.place)
     if not plan.score:
@@ -160,8 +160,8 @@ def _pair(block: BlockSpec, prompt: Prompt, completion: Completion, real_logps: 
 
 async def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """The pairs of iteration t - 1 with the present opponent's log-probs, by two prefills each."""
-    path = await asyncio.to_thread(plan.run.storage.fetch, plan.run.pairs(block.iteration - 1, "block", block.index))
-    pairs: list[Pair] = from_table(read_pairs(path), Pair)
+    written = await asyncio.to_thread(read_pairs, plan.run.pairs(block.iteration - 1, "block", block.index), plan.run.storage)
+    pairs: list[Pair] = from_table(written, Pair)
     questions = [pair.prompt_ids for pair in pairs]
     scores: list[Sequence[np.ndarray]] = [[_NOT_SCORED] * len(pairs)] * 2
     if plan.score:
@@ -177,6 +177,17 @@ async def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     ]
 
 
+def check_logps(block: BlockSpec, table: pa.Table) -> None:
+    """Raise Diverged for a block in which a log-prob of the opponent is not a number: it must not be written, or trained on."""
+    for name in ("opponent_real_logps", "opponent_generated_logps"):
+        numbers = np.isfinite(table.column(name).combine_chunks().flatten())
+        if not numbers.all():
+            raise Diverged(
+                f"iteration {block.iteration}, {block.kind} {block.index}: {np.sum(~numbers)} of {len(numbers)} {name} are not numbers; "
+                f"look at the weights of {block.version}, which gave them"
+            )
+
+
 def _check_block(plan: PlayPlan, block: BlockSpec, table: pa.Table) -> None:
     """Invariant 3: a pair of iteration t was written and scored by version t, a replayed one written by t - 1."""
     t = block.iteration
@@ -184,8 +195,8 @@ def _check_block(plan: PlayPlan, block: BlockSpec, table: pa.Table) -> None:
     found = {name: set(table.column(name).to_pylist()) for name in wanted}
     early = max(table.column("opponent_steps_early").to_pylist(), default=0)
     if found != wanted or len(table) != block.size or early > plan.max_steps_early:
-        path = plan.run.pairs(t, block.kind, block.index)
+        name = plan.run.storage.name(plan.run.pairs(t, block.kind, block.index))
         raise RuntimeError(
-            f"{path}: expected {block.size} pairs with {wanted}, at most {plan.max_steps_early} steps early, "
+            f"{name}: expected {block.size} pairs with {wanted}, at most {plan.max_steps_early} steps early, "
             f"found {len(table)} with {found}, {early} steps early"
         )

@@ -112,7 +112,7 @@ class Coordinator:
         """Called once by every new group of workers: where to start. Answers of an earlier group from there on no longer count."""
         async with self._changed:
             self._group += 1
-            self._results = {}
+            self._results, self._ending = {}, False
             self._changed.notify_all()
         return self._failure or Joined(self._base, self._group, self._rollbacks)
 

@@ -255,15 +255,17 @@ class MainPlayer:
         """DeepSpeed checkpoint, a file per rank: the fp32 master weights that a bf16 export does not hold."""
         self._engine.save_checkpoint(str(folder), tag="state")
 
-    def load_checkpoint(self, folder: Path) -> None:
+    def load_checkpoint(self, folder: Path, *, name: str = "") -> None:
+        """Take up a checkpoint, which the user knows by `name`. Raises BadInput, naming it, if it is damaged."""
+        name = name or str(folder)
         self._engine.checkpoint_engine.load = _load_known_types
         try:
             path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         except Exception as error:  # torch and DeepSpeed raise half a dozen unrelated types for a damaged file
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise BadInput(f"{folder}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error
+            raise BadInput(f"{name}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error
         if path is None:
-            raise BadInput(f"{folder}: DeepSpeed found no complete checkpoint; {_REMEDY}")
+            raise BadInput(f"{name}: DeepSpeed found no complete checkpoint; {_REMEDY}")
 
 
 def _load_model(model_path: str, **options: Any) -> Any:

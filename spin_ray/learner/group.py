@@ -20,7 +20,7 @@ from spin_ray.errors import in_one_line
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base, Coordinator, Failure
 from spin_ray.learner.loop import WorkerArgs, make_main_player, run_worker
-from spin_ray.learner.messages import Stop, TrainReport
+from spin_ray.learner.messages import Saving, Stop
 from spin_ray.placement import Hardware
 from spin_ray.storage import DISK, Disk
 
@@ -157,12 +157,16 @@ INTERRUPT_PATIENCE_S = 300.0
 """How long an interrupted training may be silent: it finishes a step and saves its progress, unless it waits for the opponent."""
 
 
-def follow(learner: Learner, number: int, note: Callable[[Any], None], interrupts: Interrupts) -> TrainReport:
-    """Wait for a Train command, passing its StepRecords and the workers' Spans on as they come.
+def follow(
+    learner: Learner, key: Hashable, note: Callable[[Any], None], interrupts: Interrupts, *, patience_s: float = INTERRUPT_PATIENCE_S
+) -> Any:
+    """Wait for a result, passing what the workers have to say meanwhile on as it comes: while they train, and where a new group
+    of them trains again.
 
     Raises Interrupted, after the workers have saved their progress, if the user asked for it meanwhile.
     """
-    waiting, patience_ends = in_background(learner.result, number), math.inf
+    waiting, patience_ends = in_background(learner.result, key), math.inf
+    told = False
     with interrupts.graceful():
         while True:
             finished = waiting.done()
@@ -171,11 +175,11 @@ def follow(learner: Learner, number: int, note: Callable[[Any], None], interrupt
                 note(record)
             if finished:
                 return waiting.result()
-            if records and patience_ends < math.inf:
-                patience_ends = time.monotonic() + INTERRUPT_PATIENCE_S
-            if interrupts.requested and patience_ends == math.inf:
+            if interrupts.requested and not told:
                 ray.get(learner.coordinator.interrupt.remote())
-                patience_ends = time.monotonic() + INTERRUPT_PATIENCE_S
+                told, patience_ends = True, time.monotonic() + patience_s
+            if told and records:  # however long a save takes, it is what was asked for
+                patience_ends = math.inf if isinstance(records[-1], Saving) else time.monotonic() + patience_s
             if time.monotonic() > patience_ends:
                 raise Interrupted("interrupted while the main player waited; the same command goes on")
             wait([waiting], timeout=0.2)

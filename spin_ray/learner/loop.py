@@ -25,7 +25,7 @@ from spin_ray.errors import BadInput, Diverged, RunStopped
 from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
 from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, unwrapped
-from spin_ray.learner.messages import Count, Divergence, Publish, Save, Score, StepRecord, Stop, Train, TrainReport
+from spin_ray.learner.messages import Count, Divergence, Publish, Save, Saving, Score, StepRecord, Stop, Train, TrainReport
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
 from spin_ray.storage import Disk, readable_disk_errors
@@ -66,7 +66,8 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     model_path = str(args.storage.fetch(Path(base.model_path)))
     player = MainPlayer(model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
     if base.checkpoint_path:
-        player.load_checkpoint(args.storage.fetch(Path(base.checkpoint_path)))
+        checkpoint = Path(base.checkpoint_path)
+        player.load_checkpoint(args.storage.fetch(checkpoint), name=args.storage.name(checkpoint))
     return player
 
 
@@ -190,14 +191,15 @@ class Worker:
         afresh = Count(rollbacks=self._joined.rollbacks)
         if command.progress_path is None:
             return afresh
-        state = self._args.storage.fetch(_progress(command)[0])
-        if not state.exists():
+        storage, state = self._args.storage, _progress(command)[0]
+        if not storage.fetch(state).exists():
             return afresh
-        count = _read_count(state)
+        count = _read_count(state, storage)
         self._steps_saved = count.steps
         if count.rollbacks != afresh.rollbacks:
             return afresh  # it is on the way to where the numbers went bad
-        self._player.load_checkpoint(self._args.storage.fetch(_progress(command, count.steps)[1]))
+        saved = _progress(command, count.steps)[1]
+        self._player.load_checkpoint(storage.fetch(saved), name=storage.name(saved))
         return count
 
     def _wait_for_rollback(self, divergence: Divergence) -> NoReturn:
@@ -209,6 +211,7 @@ class Worker:
     def _save_progress(self, command: Train, count: Count) -> None:
         """Save the player as it is. `count.json` says which folder is believed: a save that is cut short changes nothing."""
         storage, state, folder = self._args.storage, *_progress(command, count.steps)
+        self._log(Saving())
         with self._span("save"):
             self._write_folder(folder, self._player.save_checkpoint)
             self.wait_for_all_ranks()
@@ -289,11 +292,11 @@ def _progress(command: Train, steps: int = 0) -> tuple[Path, Path]:
     return folder / "count.json", folder / f"step_{steps}"
 
 
-def _read_count(state: Path) -> Count:
+def _read_count(state: Path, storage: Disk) -> Count:
     try:
         return Count(**json.loads(state.read_text()))
     except (ValueError, TypeError) as error:
-        raise BadInput(f"{state}: damaged ({error}); remove its folder to begin the iteration's training again") from error
+        raise BadInput(f"{storage.name(state)}: damaged ({error}); remove its folder to begin the iteration's training again") from error
 
 
 def check_numbers(metrics: dict[str, float], iteration: int, step: int, lr: float, log_dir: str) -> None:

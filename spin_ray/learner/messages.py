@@ -58,6 +58,11 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What the driver hears when the saving of progress begins; its end is a Span."""
+
+
+@dataclass(frozen=True)
 class Count:
     """What an iteration's training has done so far."""
 

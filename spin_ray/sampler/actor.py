@@ -1,4 +1,4 @@
-"""The opponent as a process: an engine with awaitable verbs. A plain class; `pool.start_samplers` makes it an actor."""
+"""The opponent as a process: an engine with awaitable verbs. A plain class; `pool.start_opponent` makes it an actor."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Sampler:
         started: list[float] = []
         try:
             buckets = await asyncio.gather(*weights.buckets)
-        except ray.exceptions.ObjectLostError as error:
+        except ray.exceptions.OwnerDiedError as error:
             raise WeightsLost(f"the weights of {weights.version} went with the learner's worker that held them") from error
         folder = await asyncio.to_thread(self._storage.fetch, Path(weights.saved_at)) if weights.saved_at else None
         await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, folder, started)))

@@ -339,7 +339,8 @@ class SamplerPool:
                     self._lost = error
                     await self._note_change()
                     await self._until(lambda: self._weights is not weights)
-            replica.joined = life == replica.lives
+            if life == replica.lives:
+                replica.joined = True
         except BROKEN as error:
             self._start_anew(replica, life, error)
         except Exception as error:  # raised again wherever somebody waits for an answer
@@ -355,8 +356,10 @@ class SamplerPool:
         except BROKEN as error:
             self._start_anew(replica, life, error)
             return 0.0
+        finally:
+            replica.loading = replica.loading and life != replica.lives
         if life == replica.lives:
-            replica.version, replica.weights, replica.loading = weights.version, weights, False
+            replica.version, replica.weights = weights.version, weights
             self._spans.append(Span(replica.name, "load", weights.version.number, begin, time.time()))
         return seconds
 

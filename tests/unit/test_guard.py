@@ -1,6 +1,8 @@
 """Bad numbers: when a run is rolled back, when it is stopped, and when nothing is wrong. No Ray, no model."""
 
 import dataclasses
+import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,16 @@ import ray
 from spin_ray.__main__ import COMMANDS, main
 from spin_ray.config import Config, GuardConfig, ModelConfig, RunConfig, SamplerConfig
 from spin_ray.errors import Diverged, EngineFailed, in_one_line
-from spin_ray.guard import FirstAnswers, Rollbacks, check_logps, check_nll
+from spin_ray.exchange.pairs import check_logps
+from spin_ray.guard import FirstAnswers, Rollbacks, check_nll
+from spin_ray.interrupt import Interrupts
+from spin_ray.learner.group import follow
 from spin_ray.learner.messages import Divergence
 from spin_ray.manifest import RunDir
-from spin_ray.records import PAIR_SCHEMA, to_table
+from spin_ray.overlap import BlockSpec
+from spin_ray.records import PAIR_SCHEMA, Version, to_table
 
-PATH = Path("runs/x/iter_002/pairs/block_00000.parquet")
+PATH = "runs/x/iter_002/pairs/block_00000.parquet"
 
 
 class Chat:
@@ -67,11 +73,12 @@ def test_a_short_limit_that_cuts_real_answers_too_stops_nothing(first_answers, m
 
 def test_log_probs_that_are_no_numbers(make_pairs):
     pairs = make_pairs(3)
-    check_logps(0, to_table(pairs, PAIR_SCHEMA), PATH)
-    check_logps(0, to_table([dataclasses.replace(p, opponent_real_logps=p.opponent_real_logps[:0]) for p in pairs], PAIR_SCHEMA), PATH)
+    block = BlockSpec(3, "replay", 7, 3, Version(3))
+    check_logps(block, to_table(pairs, PAIR_SCHEMA))
+    check_logps(block, to_table([dataclasses.replace(p, opponent_real_logps=p.opponent_real_logps[:0]) for p in pairs], PAIR_SCHEMA))
     pairs[1].opponent_real_logps[0] = float("nan")
-    with pytest.raises(Diverged, match=r"iteration 0: 1 of \d+ opponent_real_logps are not numbers; see runs/x"):
-        check_logps(0, to_table(pairs, PAIR_SCHEMA), PATH)
+    with pytest.raises(Diverged, match=r"iteration 3, replay 7: 1 of \d+ opponent_real_logps are not numbers; look at the weights of theta_3"):
+        check_logps(block, to_table(pairs, PAIR_SCHEMA))
 
 
 def test_held_out_nll():
@@ -164,3 +171,34 @@ def test_an_actor_s_error_reaches_the_terminal_without_ray_s_traceback(capsys, m
 def test_errors_in_one_line():
     assert in_one_line(ValueError("Traceback:\n  File x\nRuntimeError: boom\n\n")) == "RuntimeError: boom"
     assert in_one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+class WaitingLearner:
+    """Its workers answer nothing until the driver has heard them."""
+
+    def __init__(self, record):
+        self._records, self._heard = [record], threading.Event()
+        self.coordinator = None
+
+    def result(self, key):
+        assert self._heard.wait(30)
+        return f"answer to {key}"
+
+    def drain(self):
+        records, self._records = self._records, []
+        return records
+
+    def heard(self, record):
+        self._heard.set()
+
+
+def test_a_divergence_is_heard_also_where_the_driver_waits_for_something_else_than_a_training():
+    divergence = Divergence(1, 0, 3, Diverged("loss is nan"))
+    learner = WaitingLearner(divergence)
+    assert follow(learner, 5, learner.heard, Interrupts(), patience_s=math.inf) == "answer to 5"
+
+    def stop(record):
+        raise record.error
+
+    with pytest.raises(Diverged, match="loss is nan"):
+        follow(WaitingLearner(divergence), 5, stop, Interrupts(), patience_s=math.inf)

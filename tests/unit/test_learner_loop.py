@@ -253,7 +253,7 @@ class RecordingPlayer:
     def begin_iteration(self):
         self.calls.append("begin")
 
-    def load_checkpoint(self, folder):
+    def load_checkpoint(self, folder, *, name):
         self.calls.append(folder.name)
 
     def any_rank(self, flag):

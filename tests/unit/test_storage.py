@@ -199,7 +199,7 @@ class Saver(SimpleNamespace):
     def save_checkpoint(self, folder):
         write(folder / "state" / "rank_0", str(self.state))
 
-    def load_checkpoint(self, folder):
+    def load_checkpoint(self, folder, *, name):
         self.state = int((folder / "state" / "rank_0").read_text())
 
 
@@ -211,7 +211,7 @@ def test_progress_is_replaced_as_a_whole_and_a_save_that_is_cut_short_changes_no
     def worker(node):
         storage = DISK if kind == "disk" else ObjectStore(url, tmp_path / node)
         worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=storage), Joined(Base("", None), 1, 0))
-        worker._log_span = lambda *_: None
+        worker._log = lambda _: None
         progress = tmp_path / ("run" if kind == "disk" else node) / "iter_000/progress"
         return worker, SimpleNamespace(progress_path=str(progress)), storage
 
