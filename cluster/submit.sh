@@ -4,7 +4,7 @@
 #   RAY_API_SERVER_ADDRESS  the cluster's dashboard (default http://127.0.0.1:8265)
 #   SPIN_PYTHON             interpreter on the cluster that has spin_ray (default: this checkout's .venv)
 #
-# Run directories go to ./runs unless run.dir=... is given; on several nodes it must be a path that all of them see.
+# Run directories go to ./runs unless run.dir=... is given; on several nodes it must be a path that all of them see, or a URL (s3://).
 # The exit code is the job's: 0 finished, 2 bad input, 1 failed. Submit again to go on where a run stopped.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }

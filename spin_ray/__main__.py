@@ -102,6 +102,7 @@ BENCHES = {
     "memory": "how the step's peak memory grows with vocabulary, tokens and pairs",
     "overlap": "the same job in sequential, stream and lookahead: who waits, and is the result the same",
     "scale": "the real orchestration with simulated players, 1 to 64 sampler replicas and 1 to 8 learner workers",
+    "slope": "what every process keeps over 20 iterations, with simulated players",
     "sync": "a publish-load cycle of 1 GiB of weights against the machine's memcpy",
     "scripts": "the whole job against a fresh vLLM and a fresh TRL process per iteration",
     "chaos": "a job whose processes are killed at random moments: is anything lost, done twice or wrong",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -20,3 +22,25 @@ def in_background(function: Callable[..., Any], *args: Any) -> Future:
 
     threading.Thread(target=call, name=getattr(function, "__name__", "background"), daemon=True).start()
     return future
+
+
+@contextmanager
+def every(seconds: float, function: Callable[[], None]) -> Iterator[None]:
+    """While the body runs, call the function every so many seconds, and once at the end. What it raises is only logged."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        over = False
+        while not over:
+            over = ended.wait(seconds)
+            try:
+                function()
+            except Exception as error:
+                logging.getLogger(__name__).warning("%s: %s", type(error).__name__, error)
+
+    repeating = in_background(repeat)
+    try:
+        yield
+    finally:
+        ended.set()
+        repeating.result()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,11 +28,18 @@ class RunConfig:
     name: str = "spin"
     """Name of the run: its folder and its W&B run."""
     dir: str = "runs"
-    """Folder that holds the run's folder; on several nodes a path they all see."""
+    """Folder that holds the run's folder; on several nodes a path they all see, or a URL: s3://bucket/runs, gs://, whatever
+    pyarrow or fsspec knows. Credentials are the environment's, never part of it."""
+    scratch: str = "~/.cache/spin_ray"
+    """If run.dir is a URL: a folder on every node for what is on its way to or from there. May be deleted between runs."""
     seed: int = 0
     """Seed of the order of the data and of the sampler."""
     max_steps: int = 0
     """Stop every iteration after this many optimizer steps, to try a config out; 0: no limit."""
+    keep_pairs_iterations: int = 0
+    """Keep the pairs of this many newest iterations; 0: of all. The newest one's are always needed: the next one replays them."""
+    keep_checkpoints: int = 1
+    """Keep the DeepSpeed checkpoints of this many newest iterations; only the newest is ever used. Models are all kept."""
 
 
 @dataclass
@@ -114,6 +123,9 @@ class SamplerConfig:
     """Answers that one engine writes at the same time."""
     request_timeout_s: float = 1800.0
     """Seconds after which a replica that still owes an answer counts as hanging, and is started anew."""
+    heartbeat_timeout_s: float = 120.0
+    """Seconds without a sign of life of a replica that owes answers, or that its engine is at one step, after which it counts as
+    hanging; 0: only `request_timeout_s` tells."""
     max_restarts: int = 5
     """Restarts of replicas that are put up with within `restart_window_s`; one more stops the run with the first error."""
     restart_window_s: float = 600.0
@@ -182,6 +194,26 @@ class AuditConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What is done about bad numbers."""
+
+    on_divergence: str = "stop"
+    """At a loss or gradient that is not a number: stop the run, or rollback: the iteration's training starts over from theta_t."""
+    max_rollbacks: int = 2
+    """Rollbacks in a run that are put up with; one more stops it."""
+    rollback_lr_factor: float = 0.5
+    """What each rollback multiplies the learning rate by, from there to the end of the run."""
+    num_answers: int = 256
+    """Answers of an iteration after which the opponent is judged by them; an iteration with fewer is not judged."""
+    max_empty_share: float = 0.99
+    """Share of empty ones among them past which the run stops; 1: never."""
+    max_truncated_share: float = 0.99
+    """Share of truncated ones, among as many whose real answer fits into `sampler.max_new_tokens`, past which it stops; 1: never."""
+    max_nll_rise_nats: float = 3.0
+    """How far the held-out negative log-likelihood may rise above the SFT model's, in nats per token, before it stops; 0: any."""
+
+
+@dataclass
 class WandbConfig:
     mode: str = "offline"
     """online, offline or disabled; the environment's WANDB_MODE wins."""
@@ -207,11 +239,21 @@ class Config:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
+    def on_object_store(self) -> bool:
+        return "://" in self.run.dir
+
+    @property
     def run_path(self) -> Path:
-        return Path(self.run.dir).expanduser().absolute() / self.run.name
+        """The run's folder; on an object store the one that stands for it on every node."""
+        if self.on_object_store:
+            place = Path(self.run.scratch).expanduser().absolute() / hashlib.sha256(self.run.dir.encode()).hexdigest()[:16]
+        else:
+            place = Path(self.run.dir).expanduser().absolute()
+        return place / self.run.name
 
     def beta(self, iteration: int) -> float:
         return _one_of(self.spin.beta, iteration)
@@ -236,23 +278,30 @@ CHOICES = {
     "learner.optimizer": ("rmsprop", "adamw"),
     "reference.scorer": ("opponent", "frozen", "learner"),
     "overlap.mode": ("stream", "sequential", "lookahead"),
+    "guard.on_divergence": ("stop", "rollback"),
     "tracking.wandb.mode": ("online", "offline", "disabled"),
 }
 AT_LEAST_ONE = (
     "data.max_prompt_tokens", "data.max_answer_tokens", "spin.num_iterations", "spin.num_epochs", "sft.num_epochs",
     "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.max_new_tokens", "sampler.block_prompts",
     "sampler.max_num_seqs", "sampler.request_timeout_s",
-    "learner.num_workers", "learner.batch_pairs", "learner.pack_tokens", "audit.num_prompts",
+    "learner.num_workers", "learner.batch_pairs", "learner.pack_tokens", "audit.num_prompts", "run.keep_checkpoints", "guard.num_answers",
     "tracking.log_every_steps",
 )
 NOT_NEGATIVE = (
-    "run.max_steps", "data.max_prompts", "data.max_eval_prompts", "spin.nll_weight", "sampler.temperature",
+    "run.max_steps", "run.keep_pairs_iterations", "data.max_prompts", "data.max_eval_prompts", "spin.nll_weight", "sampler.temperature",
     "sampler.gpus_per_replica", "sampler.cpus_per_replica",
-    "sampler.max_restarts", "sampler.restart_window_s", "learner.gpus_per_worker", "learner.cpus_per_worker",
+    "sampler.max_restarts", "sampler.restart_window_s", "sampler.heartbeat_timeout_s", "learner.gpus_per_worker", "learner.cpus_per_worker",
     "learner.weight_decay", "learner.grad_clip", "learner.checkpoint_every_steps", "learner.max_restarts", "audit.tolerance",
+    "guard.max_rollbacks", "guard.max_empty_share", "guard.max_truncated_share", "guard.max_nll_rise_nats",
 )
-RESUME_MAY_CHANGE = ("tracking.", "run.dir")
-"""Keys that say where and how a run is followed, not what it computes."""
+RESUME_MAY_CHANGE = (
+    "tracking.", "run.dir", "run.scratch", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers",
+    "sampler.heartbeat_timeout_s",
+)
+"""Keys that say where and how a run is followed, kept and given up, not what it computes."""
+SECRET_WORDS = ("key", "secret", "token", "password", "sig", "credential")
+"""A URL's query must have none of them in its names."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
@@ -327,6 +376,8 @@ def check(config: Config) -> None:
         raise BadInput(f"learner.warmup_fraction={config.learner.warmup_fraction}: must be in [0, 1)")
     if not 0 < config.sampler.top_p <= 1:
         raise BadInput(f"sampler.top_p={config.sampler.top_p}: must be in (0, 1]")
+    if not 0 < config.guard.rollback_lr_factor < 1:
+        raise BadInput(f"guard.rollback_lr_factor={config.guard.rollback_lr_factor}: must be in (0, 1)")
     if not 0 < config.overlap.lookahead_fraction < 1:
         raise BadInput(f"overlap.lookahead_fraction={config.overlap.lookahead_fraction}: must be in (0, 1)")
     if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":
@@ -344,6 +395,22 @@ def check(config: Config) -> None:
         )
     if not config.run.name or "/" in config.run.name:
         raise BadInput(f"run.name={config.run.name!r}: must be a plain folder name")
+    if config.on_object_store:
+        _check_url(config.run.dir)
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    secrets = [key for key in parse_qs(parts.query, keep_blank_values=True) if any(word in key.lower() for word in SECRET_WORDS)]
+    in_s3 = parts.scheme.startswith("s3") and ("@" in url.partition("?")[0] or ":" in parts.netloc)  # a secret may hold a slash
+    if secrets or in_s3 or parts.password is not None:
+        what = ", ".join(secrets) or "a user or a password"
+        raise BadInput(
+            f"run.dir={parts.scheme}://...: holds credentials ({what}), which would be saved with the run and logged; "
+            "leave them to the environment, such as AWS_PROFILE, or to the machine's role"
+        )
+    if parts.scheme == "file":
+        raise BadInput(f"run.dir={url}: give a path on a disk without file://")
 
 
 def _check_schedule(key: str, value: Any, num_iterations: int) -> None:

@@ -13,6 +13,12 @@ class Diverged(RunStopped):
     """A loss or a gradient that is not a number, or a metric that exploded."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """What an error says: of one that holds another one's traceback, the cause at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 class EngineFailed(RunStopped):
     """A sampler's engine is broken: nothing that was asked of it will be answered, and nothing will be until it starts anew."""
 

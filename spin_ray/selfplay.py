@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from spin_ray.background import in_background
@@ -34,17 +33,18 @@ from spin_ray.data import counted, load_prompts
 from spin_ray.errors import BadInput, WeightsLost
 from spin_ray.evaluation import evaluate
 from spin_ray.exchange.audit import Audit, check_first_loss, compare, pair_mismatch
-from spin_ray.exchange.pairs import PlayPlan, play, write_prompts, write_table
+from spin_ray.exchange.pairs import PlayPlan, play, read_prompts, write_prompts, write_table
+from spin_ray.guard import FirstAnswers, Rollbacks, check_logps, check_nll
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.messages import Publish, Save, Score, StepRecord, Train, TrainReport
+from spin_ray.learner.messages import Divergence, Publish, Save, Score, StepRecord, Train, TrainReport
 from spin_ray.losses import LOSS_AT_ZERO, spin_loss
-from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
+from spin_ray.manifest import RunDir
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.overlap import BlockSpec, Overlap
 from spin_ray.placement import Hardware
-from spin_ray.records import PROMPT_SCHEMA, Prompt, PublishedWeights, Span, Version, from_table, real_only, to_table
+from spin_ray.records import PROMPT_SCHEMA, Prompt, PublishedWeights, Span, Version, real_only, to_table
 from spin_ray.sampler.pool import AUDIT, sampling_settings, start_opponent
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -63,9 +63,9 @@ def run_spin(config: Config) -> None:
 
 
 def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
-    last_model = run.model(config.spin.num_iterations - 1)
+    last_model = run.storage.name(run.model(config.spin.num_iterations - 1))
     if run.marks("finished"):
-        terminal.say(f"{run.path} is finished; the model is {last_model}")
+        terminal.say(f"{run} is finished; the model is {last_model}")
         return
     interrupts = Interrupts()
     interrupts.listen()
@@ -76,7 +76,7 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
         hardware = stack.enter_context(ray_cluster(config))
         interrupts.listen()
         blocks = len(prepared.block_sizes)
-        terminal.say(f"{run.path}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
+        terminal.say(f"{run}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
         players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len))
         with Tracker(config, run.path) as tracker, terminal:
             SelfPlay(config, run, facts, prepared, hardware, players, tracker, terminal, interrupts).play()
@@ -97,8 +97,9 @@ def prepare(config: Config, run: RunDir, facts: ModelFacts, terminal: Terminal) 
     marks = run.marks("prepared")
     if marks:
         sizes = marks[0]["block_sizes"]
-        train = [prompt for index in range(len(sizes)) for prompt in from_table(pq.read_table(run.prompts(index)), Prompt)]
-        return Prepared(train, from_table(pq.read_table(run.heldout()), Prompt), sizes)
+        run.storage.fetch(run.prepared())
+        train = [prompt for index in range(len(sizes)) for prompt in read_prompts(run.prompts(index))]
+        return Prepared(train, read_prompts(run.heldout()), sizes)
     data = config.data
     train, counts = load_prompts(data.train, data, facts.chat, seed=config.run.seed, limit=data.max_prompts)
     heldout, heldout_counts = [], {}
@@ -109,6 +110,7 @@ def prepare(config: Config, run: RunDir, facts: ModelFacts, terminal: Terminal) 
         terminal.say(counted(data.eval, heldout_counts))
     sizes = write_prompts(run, train, config.sampler.block_prompts)
     write_table(run.heldout(), to_table(heldout, PROMPT_SCHEMA))
+    run.storage.publish(run.prepared())
     run.mark("prepared", block_sizes=sizes, train=counts, heldout=heldout_counts)
     return Prepared(train, heldout, sizes)
 
@@ -126,14 +128,18 @@ def start_players(config: Config, run: RunDir, facts: ModelFacts, hardware: Hard
     version = len(run.marks("iteration"))
     if version:
         run.check_model(version - 1)
-    run.drop_outdated()
+    run.drop_outdated(config.run)
     model_path = str(run.model(version - 1)) if version else facts.path
     # In float32 the exported model is exact; a bfloat16 one lacks its float32 masters.
     checkpoint = run.checkpoint(version - 1) if version and hardware.dtype == "bfloat16" else None
-    if checkpoint and not checkpoint.exists():
-        raise BadInput(f"{checkpoint}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
-    pool = start_opponent(config, model_path, version, hardware, max_model_len=max_model_len, logs=run.logs)
-    learner = Learner(config, hardware, model_path=model_path, logs=run.logs, checkpoint=checkpoint)
+    if checkpoint and not run.storage.exists(checkpoint):
+        where = run.storage.name(checkpoint)
+        raise BadInput(f"{where}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
+    pool = start_opponent(config, model_path, version, hardware, max_model_len=max_model_len, logs=run.logs, storage=run.storage)
+    learner = Learner(
+        config, hardware, model_path=model_path, logs=run.logs, checkpoint=checkpoint, rollbacks=len(run.marks("rollback")),
+        storage=run.storage,
+    )
     yield Players(pool, learner)
     learner.stop()
 
@@ -155,6 +161,9 @@ class SelfPlay:
         self._first, self._last = len(run.marks("iteration")), config.spin.num_iterations
         self._overlap = Overlap(config, prepared.block_sizes, self._first)
         self._timeline = Timeline(run.path)
+        self._rollbacks, self._first_answers = Rollbacks(config, run, self._learner, tracker, terminal), FirstAnswers(config, facts.chat)
+        self._snapshots_used: set[int] = set()
+        """Iterations whose training has a snapshot that played ahead."""
         self._settings = sampling_settings(config, facts.chat)
         self._tokens_per_pair = 2 * float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
         self._steps_before = sum(mark["report"]["num_steps"] for mark in run.marks("iteration"))
@@ -207,7 +216,10 @@ class SelfPlay:
             self._note_played(block, table, count)
 
     def _note_played(self, block: BlockSpec, table: pa.Table, count: _Play) -> None:
-        t = block.iteration
+        t, path = block.iteration, self._run.pairs(block.iteration, block.kind, block.index)
+        check_logps(t, table, path)
+        if block.kind == "block" and (shares := self._first_answers.look(t, table, path)):
+            self._tracker.log("sampler", shares, iteration=t, opponent_version=t)
         count.pairs += len(table)
         count.drawn += 0 if block.kind == "replay" else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
         seconds = time.monotonic() - count.begun
@@ -232,10 +244,13 @@ class SelfPlay:
             wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t), progress_path=str(self._run.progress(t)),
         ))
 
-    def _note(self, record: StepRecord | Span) -> None:
+    def _note(self, record: StepRecord | Span | Divergence) -> None:
         """What the learner's workers have to say while they train."""
         if isinstance(record, Span):
             self._timeline.add([record])
+            return
+        if isinstance(record, Divergence):
+            self._rollbacks.answer(record, played_ahead=self._has_played_ahead(record.iteration, record.step))
             return
         t, step, metrics = record.iteration, record.step, record.metrics
         if step == 0:
@@ -264,27 +279,27 @@ class SelfPlay:
         posted: list[int] = []
         moved = False
         while not moved:
-            with readable_disk_errors(run.iteration(t)), written_whole(run.model(t)) as model, \
-                    written_whole(run.checkpoint(t)) as checkpoint:
-                if not posted:
-                    commands = Publish(Version(version)), Save(str(model), str(checkpoint)), self._probe()
-                    posted = [learner.post(command) for command in commands]
-                    training = self._post_training(version)
-                publish, save, probe = posted
-                group = None
-                while group != (group := learner.group()):  # again until one and the same group has answered it all
-                    try:
-                        self._load(learner.result(publish))
-                        learner.result(save)
-                        audit = self._audit(Version(version), probe)
-                    except WeightsLost:
-                        learner.wait_for_group_after(group)
+            if not posted:
+                commands = Publish(Version(version)), self._probe(), Save(str(run.model(t)), str(run.checkpoint(t)))
+                posted = [learner.post(command) for command in commands]
+                training = self._post_training(version)
+            publish, probe, save = posted
+            group = None
+            while group != (group := learner.group()):  # again until one and the same group has answered it all
+                try:
+                    self._load(learner.result(publish))
+                    audit = self._audit(Version(version), probe)  # while the main player writes its files
+                    learner.result(save)
+                except WeightsLost:
+                    learner.wait_for_group_after(group)
+            run.storage.commit(run.model(t))
+            run.storage.commit(run.checkpoint(t))
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
-            moved = learner.move_base(Base(str(run.model(t)), masters, first_command=probe + 1, iteration=version), group)
+            moved = learner.move_base(Base(str(run.model(t)), masters, first_command=save + 1, iteration=version), group)
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
         run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
         self._steps_before += report.num_steps
-        run.drop_outdated()
+        run.drop_outdated(self._config.run)
         return training
 
     def _load(self, weights: PublishedWeights) -> None:
@@ -302,11 +317,18 @@ class SelfPlay:
         """`lookahead`: a snapshot of the main player opens the next iteration while this one is still trained on."""
         group = self._learner.group()
         try:
-            self._load(self._learner.result(version))
+            weights = self._learner.result(version)
+            self._snapshots_used.add(version.number - 1)
+            self._load(weights)
         except WeightsLost:
             self._learner.wait_for_group_after(group)
             return self._play_ahead(version)
         self._open(version)
+
+    def _has_played_ahead(self, t: int, step: int) -> bool:
+        """Whether samplers hold, or held, a snapshot of iteration t's training, which has got to `step`."""
+        early = self._overlap.snapshot(t)
+        return t in self._snapshots_used or (early is not None and step >= early[0])
 
     def _probe(self) -> Score:
         prompts = self._prepared.train[: self._config.audit.num_prompts]
@@ -336,7 +358,10 @@ class SelfPlay:
         beside = [self._evaluations[version]]
         self._open(Version(version))
         early = self._overlap.snapshot(version)
-        if early and not all(self._run.pairs(b.iteration, b.kind, b.index).exists() for b in self._overlap.blocks_ahead(version + 1)):
+        played = [self._run.has_pairs(b.iteration, b.kind, b.index) for b in self._overlap.blocks_ahead(version + 1)] if early else []
+        if any(played):
+            self._snapshots_used.add(version)
+        if early and not all(played):
             beside.append(self._beside(self._play_ahead, early[1]))
         return beside
 
@@ -383,6 +408,9 @@ class SelfPlay:
             self._tracker.log("eval", metrics, opponent_version=version)
             self._run.mark("evaluation", version=version, metrics=metrics)
         self._terminal.row({"model": f"theta_{version}" if version else "SFT", **metrics, **trained})
+        if metrics and version:
+            name = "real_nll_nats_per_token"
+            check_nll(version, metrics[name], marks[0][name], self._config, self._run.model(version - 1))
 
     def _draw_timeline(self) -> None:
         """timeline.png: what both players did when, of all sessions of this run; also where the run failed."""

@@ -11,11 +11,12 @@ import ray
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import counted, load_prompts
+from spin_ray.guard import Rollbacks
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.messages import Save, StepRecord, Train
+from spin_ray.learner.messages import Divergence, Save, StepRecord, Train
 from spin_ray.losses import sft_loss
-from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
+from spin_ray.manifest import RunDir
 from spin_ray.model import inspect_model, longest_sequence
 from spin_ray.records import PAIR_SCHEMA, Pair, real_only, to_table
 from spin_ray.system import ray_cluster
@@ -32,7 +33,7 @@ def run_sft(config: Config) -> None:
 
 def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     if run.marks("finished"):
-        terminal.say(f"{run.path} is finished; the model is {run.path / 'model'}")
+        terminal.say(f"{run} is finished; the model is {run}/model")
         return
     interrupts = Interrupts()
     interrupts.listen()
@@ -42,7 +43,9 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     terminal.say(counted(config.data.train, counts))
     with ray_cluster(config, samplers=False) as hardware:
         interrupts.listen()
-        learner = Learner(config, hardware, model_path=facts.path, logs=run.logs)
+        learner = Learner(
+            config, hardware, model_path=facts.path, logs=run.logs, rollbacks=len(run.marks("rollback")), storage=run.storage
+        )
         tracker = Tracker(config, run.path)
         ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(to_table([real_only(prompt, 0) for prompt in prompts], PAIR_SCHEMA))]))
         begun = time.monotonic()
@@ -52,12 +55,13 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
                 num_steps=config.num_steps(len(prompts), config.sft.num_epochs), loss_fn=sft_loss, normalizer=num_real_tokens,
                 lr=config.sft.lr,
             ))
-            follow(learner, number, functools.partial(_note_step, tracker, terminal), interrupts)
-            with readable_disk_errors(run.path), written_whole(run.path / "model") as model:
-                learner.run(Save(str(model)))
+            rollbacks = Rollbacks(config, run, learner, tracker, terminal)
+            follow(learner, number, functools.partial(_note, tracker, terminal, rollbacks), interrupts)
+            learner.run(Save(str(run.path / "model")))
+            run.storage.commit(run.path / "model")
         learner.stop()
     run.mark("finished")
-    terminal.say(f"finished in {time.monotonic() - begun:.0f} s: the model is {run.path / 'model'}")
+    terminal.say(f"finished in {time.monotonic() - begun:.0f} s: the model is {run}/model")
 
 
 def num_real_tokens(batch: list[Pair]) -> float:
@@ -65,7 +69,9 @@ def num_real_tokens(batch: list[Pair]) -> float:
     return float(sum(len(pair.real_ids) for pair in batch))
 
 
-def _note_step(tracker: Tracker, terminal: Terminal, record: Any) -> None:
+def _note(tracker: Tracker, terminal: Terminal, rollbacks: Rollbacks, record: Any) -> None:
+    if isinstance(record, Divergence):
+        rollbacks.answer(record)
     if not isinstance(record, StepRecord):
         return
     metrics, step, total = record.metrics, record.step, record.total_steps

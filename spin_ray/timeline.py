@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from spin_ray.manifest import readable_disk_errors
 from spin_ray.records import Span
+from spin_ray.storage import readable_disk_errors
 
 COLOURS = {
     "train": "#2a7f4f", "score": "#8fc7a4", "play": "#2f6db3", "evaluate": "#a9c6e8", "audit": "#7d5ba6",
@@ -38,7 +38,7 @@ class Timeline:
 
     def add(self, spans: Iterable[Span]) -> None:
         spans = list(spans)
-        self._spans += spans
+        self._spans += merged(spans)  # the file has every one; an iteration's thousands of answers need not stay in memory
         file = self._run_path / "timeline.jsonl"
         with readable_disk_errors(file), file.open("a") as lines:
             lines.writelines(json.dumps({"session": self._session, **asdict(span)}) + "\n" for span in spans)

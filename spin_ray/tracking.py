@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.config import Config, flatten
-from spin_ray.manifest import readable_disk_errors
+from spin_ray.storage import readable_disk_errors
 
 
 class Tracker:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +68,37 @@ def make_pairs():
         return pairs
 
     return make
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory) -> Iterator[str]:
+    """An S3 server on this machine: a run.dir with %s for a folder in its bucket. Credentials are in the environment."""
+    from pyarrow.fs import FileSystem
+
+    credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "hush-hush", "AWS_EC2_METADATA_DISABLED": "true"}
+    earlier = dict(os.environ)
+    os.environ.update(credentials)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (tmp_path_factory.mktemp("s3") / "server.log").open("w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 60
+        while not _listens(port):
+            assert server.poll() is None and time.monotonic() < until, f"no S3 server: {Path(log.name).read_text()[-1000:]}"
+            time.sleep(0.1)
+        options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        FileSystem.from_uri(f"s3://bucket?{options}&allow_bucket_creation=true")[0].create_dir("bucket")
+        yield f"s3://bucket/%s?{options}"
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+        for name in credentials:
+            os.environ.pop(name)
+        os.environ.update(earlier)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -113,7 +113,7 @@ def start_fakes(count: int, speed: float) -> list[FleetMember]:
     return [FleetMember(fleet, member) for fleet, part in zip(fleets, parts, strict=True) for member in range(len(part))]
 
 
-def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int) -> None:
+def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int, *, weights_mib: float = 0.0) -> None:
     """The whole loop with fake players."""
     facts, rng = inspect_model(config), np.random.default_rng(0)
     ids = rng.integers(5, 500, (num_prompts, 52)).astype(np.int32)
@@ -123,7 +123,8 @@ def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_
     samplers = start_fakes(config.sampler.num_replicas, speed)
     ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs
     pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs))
-    learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=functools.partial(make_fake_player, pairs_per_s=rates))
+    make_player = functools.partial(make_fake_player, pairs_per_s=rates, weights_mib=weights_mib)
+    learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=make_player)
     with Tracker(config, run.path) as tracker, open(os.devnull, "w") as nowhere:
         SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), tracker, Terminal(nowhere), Interrupts()).play()
     learner.stop()

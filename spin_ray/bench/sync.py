@@ -20,6 +20,7 @@ from spin_ray.bench.common import print_result
 from spin_ray.chatter import captured_output
 from spin_ray.config import load_config
 from spin_ray.demo import resolve
+from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import Learner
 from spin_ray.learner.messages import Publish
 from spin_ray.manifest import RunDir
@@ -30,6 +31,9 @@ from spin_ray.system import ray_cluster
 
 SHAPES = {"few": (1024, 16), "many": (512, 76)}
 """Hidden size and layers of two models of the same size, one with many more parameters."""
+
+WARM_UP = 3
+"""The store holds two versions while one replaces the other: that many cycles until every page has been used."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +71,7 @@ def save_random_model(folder: Path, *, hidden: int, layers: int) -> None:
 
 
 def measure(folder: Path, *, cycles: int) -> dict[str, Any]:
-    """Median seconds of publish and of load over `cycles`, after one that warms up."""
+    """Median seconds of publish and of load over `cycles`, after WARM_UP that touch the object store's pages for the first time."""
     config, _ = load_config("conf/demo.yaml", [
         f"run.dir={folder}", "run.name=sync", f"model.path={folder / 'model'}", "learner.zero_stage=0", "sampler.max_num_seqs=8",
     ])
@@ -91,14 +95,16 @@ def play(config: Any, run: RunDir, hardware: Hardware, cycles: int) -> tuple[flo
     learner = Learner(config, hardware, model_path=config.model.path, logs=run.logs)
     ray.get(pool.ready.remote())
     seconds = []
-    for version in range(1, cycles + 2):
+    for version in range(1, WARM_UP + cycles + 1):
         begun = time.perf_counter()
-        weights = learner.run(Publish(Version(version)))
+        number = learner.post(Publish(Version(version)))
+        weights = learner.result(number)
         published = time.perf_counter()
         ray.get(pool.load.remote(weights))
         seconds.append((published - begun, time.perf_counter() - published))
+        learner.move_base(Base(config.model.path, None, number + 1, version), learner.group())  # as in a run: the version before goes
     learner.stop()
-    publish_s, load_s = np.median(seconds[1:], axis=0)
+    publish_s, load_s = np.median(seconds[WARM_UP:], axis=0)
     return float(publish_s), float(load_s), weights
 
 

@@ -26,11 +26,12 @@ import ray
 import ray.data
 
 from spin_ray.errors import BadInput
-from spin_ray.manifest import RunDir, readable_disk_errors, written_whole
+from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.placement import PLAY_TASK_CPUS, play_processes
 from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, SamplingSettings, from_table, to_table
 from spin_ray.sampler.pool import PLAY
+from spin_ray.storage import DISK, Disk
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,28 @@ def write_prompts(run: RunDir, prompts: Sequence[Prompt], block_prompts: int) ->
     return [len(part) for part in parts]
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: pa.Table, storage: Disk = DISK) -> None:
     """Write a Parquet file that is either not there or whole. Raises BadInput naming the file if the disk is full."""
-    with readable_disk_errors(path), written_whole(path) as temporary:
+    with storage.written(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file that `write_table` wrote. Raises BadInput naming it if it is damaged."""
+    return from_table(_read_table(path, PROMPT_SCHEMA, "these prompts are damaged", "the file must be put back"), Prompt)
 
 
 def read_pairs(path: Path) -> pa.Table:
     """The pairs of a block. Raises BadInput naming the file if its bytes are not those that were written."""
+    remedy = "one of the present iteration is played again by itself, one of an earlier iteration must be put back"
+    return _read_table(path, PAIR_SCHEMA, "this block of pairs is damaged", remedy)
+
+
+def _read_table(path: Path, schema: pa.Schema, complaint: str, remedy: str) -> pa.Table:
     try:
-        return pq.read_table(path, schema=PAIR_SCHEMA, page_checksum_verification=True)
+        return pq.read_table(path, schema=schema, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise BadInput(
-            f"{path}: this block of pairs is damaged ({str(error).splitlines()[0]}); "
-            "one of the present iteration is played again by itself, one of an earlier iteration must be put back"
-        ) from error
+        raise BadInput(f"{path}: {complaint} ({str(error).splitlines()[0]}); {remedy}") from error
 
 
 def pairs_on_disk(path: Path) -> pa.Table | None:
@@ -115,18 +123,19 @@ class PlayBlock:
 
     async def __call__(self, row: dict[str, np.ndarray]) -> pa.Table:
         plan, block = self._plan, self._blocks[int(row["place"][0])]
-        path = plan.run.pairs(block.iteration, block.kind, block.index)
+        storage = plan.run.storage
+        path = await asyncio.to_thread(storage.fetch, plan.run.pairs(block.iteration, block.kind, block.index))
         if (finished := await asyncio.to_thread(pairs_on_disk, path)) is not None:
             return finished
         await plan.pool.released.remote(block.version)  # a replayed block's pairs are all on disk by then
         pairs = await {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block)
-        await asyncio.to_thread(write_table, path, to_table(pairs, PAIR_SCHEMA))
+        await asyncio.to_thread(write_table, path, to_table(pairs, PAIR_SCHEMA), storage)
         return await asyncio.to_thread(read_pairs, path)
 
 
 async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and the real one."""
-    prompts: list[Prompt] = from_table(pq.read_table(plan.run.prompts(block.index)), Prompt)
+    prompts = read_prompts(await asyncio.to_thread(plan.run.storage.fetch, plan.run.prompts(block.index)))
     questions, answers = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
     drawn = plan.pool.sample.remote(block.version, questions, plan.settings, PLAY, block.place)
     if not plan.score:
@@ -151,7 +160,7 @@ def _pair(block: BlockSpec, prompt: Prompt, completion: Completion, real_logps: 
 
 async def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """The pairs of iteration t - 1 with the present opponent's log-probs, by two prefills each."""
-    path = plan.run.pairs(block.iteration - 1, "block", block.index)
+    path = await asyncio.to_thread(plan.run.storage.fetch, plan.run.pairs(block.iteration - 1, "block", block.index))
     pairs: list[Pair] = from_table(read_pairs(path), Pair)
     questions = [pair.prompt_ids for pair in pairs]
     scores: list[Sequence[np.ndarray]] = [[_NOT_SCORED] * len(pairs)] * 2

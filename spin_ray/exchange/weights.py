@@ -44,10 +44,10 @@ def to_bucket(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:
     )
 
 
-def from_folder(folder: str, tied_names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+def from_folder(folder: Path, tied_names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a saved model, with those of `tied_names` under both names."""
     also = {first: second for second, first in tied_names.items()}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 tensor = file.get_tensor(name)

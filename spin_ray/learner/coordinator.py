@@ -6,26 +6,32 @@ The learner lives through all iterations in ONE Ray Train `fit()`; its workers a
 |---|---|---|
 | worker | command k | driver's `post` of command k |
 | worker | block k of iteration t | driver's `put_block`, in any order |
+| worker whose step diverged | the driver's decision | `roll_back`, or `fail` |
 | driver | result of command k, or what it announced under another key | rank 0's `answer` |
 | driver | a new group of workers, after what the last one published is lost | its `join` |
 | all of them | | `fail`: every present and later wait raises the first error |
 
 A worker that dies takes its group with it; Ray Train starts a new one, which joins at the base and carries out all commands
-from there again. Their results come again under the same keys.
+from there again. Their results come again under the same keys. A group that is rolled back ends in the same way; only
+deaths count against `max_restarts`, past which the run ends with the first one's cause.
 
 Back-pressure: none is needed. A block is a few megabytes of token ids in the object store (which spills by itself), and
-the number of blocks of an iteration is known. An iteration's blocks are dropped when the base moves past it.
+the number of blocks of an iteration is known. When the base moves, everything that lies before it is dropped: commands,
+results (published weights among them) and blocks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+
+from spin_ray.errors import RunStopped
+from spin_ray.records import Version
 
 
 @dataclass(frozen=True)
@@ -47,15 +53,34 @@ class Base:
     """Whose pairs that command trains on; nobody asks for earlier ones again."""
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What a new group of workers is told."""
+
+    base: Base
+    group: int
+    """Its number, from 1 on."""
+    rollbacks: int
+    """Of the whole run so far."""
+
+
 class Coordinator:
     """An async actor with no CPU of its own. Plain class: its contract is tested without Ray."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, *, max_restarts: int = 0, rollbacks: int = 0) -> None:
         self._base = base
         self._group = 0
+        self._max_restarts, self._deaths = max_restarts, 0
+        self._first_death = ""
+        self._rollbacks = rollbacks
+        self._spoilt: set[int] = set()
+        """Groups that are to be rolled back, ..."""
+        self._ending = False
+        """... and whether the present one has yet to end for it."""
         self._interrupted = False
-        self._commands: list[Any] = []
-        self._results: dict[Hashable, Any] = {}
+        self._commands: dict[int, Any] = {}
+        self._num_commands = 0
+        self._results: dict[int | Version, Any] = {}
         self._blocks: dict[tuple[int, int], Any] = {}
         self._records: list[Any] = []
         self._failure: Failure | None = None
@@ -64,31 +89,32 @@ class Coordinator:
     async def post(self, command: Any) -> int:
         """Queue a command for all workers; returns its number."""
         async with self._changed:
-            self._commands.append(command)
+            number, self._num_commands = self._num_commands, self._num_commands + 1
+            self._commands[number] = command
             self._changed.notify_all()
-        return len(self._commands) - 1
+        return number
 
     async def command(self, number: int) -> Any:
         """The command with this number, once it is posted."""
-        return await self._wait(lambda: number < len(self._commands), lambda: self._commands[number])
+        return await self._wait(lambda: number in self._commands, lambda: self._commands[number])
 
-    async def answer(self, key: Hashable, result: Any) -> None:
-        """Leave the result of a command under its number, or something else under a key that the driver knows."""
+    async def answer(self, key: int | Version, result: Any) -> None:
+        """Leave the result of a command under its number, or a snapshot under its version."""
         async with self._changed:
             self._results[key] = result
             self._changed.notify_all()
 
-    async def result(self, key: Hashable) -> Any:
+    async def result(self, key: int | Version) -> Any:
         """What rank 0 left under this key, once it is there."""
         return await self._wait(lambda: key in self._results, lambda: self._results[key])
 
-    async def join(self) -> Base:
+    async def join(self) -> Joined | Failure:
         """Called once by every new group of workers: where to start. Answers of an earlier group from there on no longer count."""
         async with self._changed:
             self._group += 1
-            self._results = {key: value for key, value in self._results.items() if isinstance(key, int) and key < self._base.first_command}
+            self._results = {}
             self._changed.notify_all()
-        return self._base
+        return self._failure or Joined(self._base, self._group, self._rollbacks)
 
     async def group(self) -> int:
         """How many groups of workers have joined."""
@@ -103,8 +129,35 @@ class Coordinator:
         if group != self._group:
             return False
         self._base = base
+        self._commands = {number: command for number, command in self._commands.items() if number >= base.first_command}
+        self._results = {key: value for key, value in self._results.items() if not _lies_before(base, key)}
         self._blocks = {key: value for key, value in self._blocks.items() if key[0] >= base.iteration}
         return True
+
+    async def rolled_back(self, group: int) -> None:
+        """Wait until the driver has decided that this group's training starts over."""
+        return await self._wait(lambda: group in self._spoilt, lambda: None)
+
+    async def roll_back(self, group: int) -> bool:
+        """Let this group of workers end and a new one start over from the base; False if it has been replaced already."""
+        if group != self._group:
+            return False
+        async with self._changed:
+            self._rollbacks, self._ending = self._rollbacks + 1, True
+            self._spoilt.add(group)
+            self._changed.notify_all()
+        return True
+
+    async def group_ended(self, cause: str) -> None:
+        """Ray Train has lost a group of workers, and starts a new one: because it was rolled back, or because one of them died."""
+        if self._ending:
+            self._ending = False
+            return
+        self._deaths += 1
+        self._first_death = self._first_death or cause
+        if self._deaths > self._max_restarts:
+            allowed = f"learner.max_restarts={self._max_restarts} allows"
+            await self.fail(Failure(RunStopped(f"workers of the main player failed more often than {allowed}; first {self._first_death}")))
 
     async def put_block(self, iteration: int, index: int, reference: Any) -> None:
         """Offer a finished block; `reference` is a list with one object reference (a bare one would be fetched here)."""
@@ -145,6 +198,11 @@ class Coordinator:
         async with self._changed:
             await self._changed.wait_for(lambda: self._failure is not None or ready())
             return take() if ready() else self._failure
+
+
+def _lies_before(base: Base, key: int | Version) -> bool:
+    """Whether nobody asks for this result again: its command, or the version that it was announced as, is done with."""
+    return key.number <= base.iteration if isinstance(key, Version) else key < base.first_command
 
 
 class DriverFailed(Exception):

@@ -36,6 +36,7 @@ LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 _CHANGES_LOGITS = (
     "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
 )
+_REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
 
 
 class MainPlayer:
@@ -256,9 +257,13 @@ class MainPlayer:
 
     def load_checkpoint(self, folder: Path) -> None:
         self._engine.checkpoint_engine.load = _load_known_types
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        except Exception as error:  # torch and DeepSpeed raise half a dozen unrelated types for a damaged file
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise BadInput(f"{folder}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error
         if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no complete checkpoint")
+            raise BadInput(f"{folder}: DeepSpeed found no complete checkpoint; {_REMEDY}")
 
 
 def _load_model(model_path: str, **options: Any) -> Any:

@@ -16,9 +16,9 @@ from spin_ray.learner.loop import WorkerArgs
 from spin_ray.records import Pair
 
 
-def make_fake_player(args: WorkerArgs, base: Base, *, pairs_per_s: Sequence[float]) -> FakePlayer:
-    """`pairs_per_s` of all workers together, one value per iteration."""
-    return FakePlayer(pairs_per_s)
+def make_fake_player(args: WorkerArgs, base: Base, *, pairs_per_s: Sequence[float], weights_mib: float = 0.0) -> FakePlayer:
+    """`pairs_per_s` of all workers together, one value per iteration; it publishes so many MiB of weights."""
+    return FakePlayer(pairs_per_s, weights_mib)
 
 
 LATE_S = 0.05
@@ -28,11 +28,12 @@ LATE_S = 0.05
 class FakePlayer:
     """Has the verbs of `MainPlayer` that a run with `reference.scorer=opponent` uses; a step sleeps."""
 
-    def __init__(self, pairs_per_s: Sequence[float]):
+    def __init__(self, pairs_per_s: Sequence[float], weights_mib: float):
         self.rank = dist.get_rank()
         self._rates = iter(pairs_per_s)
         self._rate = math.inf
         self._due = 0.0
+        self._num_weights = max(16, round(weights_mib * 2**20 / 4))
         self.tied_names: dict[str, str] = {}
 
     def wait_for_all_ranks(self) -> None:
@@ -58,14 +59,12 @@ class FakePlayer:
         return [np.full(len(ids), -1.0, np.float32) for pair in pairs for ids in (pair.real_ids, pair.generated_ids)]
 
     def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        yield [("weight", torch.zeros(16))] if self.rank == 0 else []
+        yield [("weight", torch.zeros(self._num_weights))] if self.rank == 0 else []
 
     def export(self, folder: Path, bucket_bytes: int) -> None:
         if self.rank == 0:
-            folder.mkdir()
             (folder / "fake").touch()
 
     def save_checkpoint(self, folder: Path) -> None:
         if self.rank == 0:
-            folder.mkdir()
             (folder / "fake").touch()

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import ray.train.torch
 
 from spin_ray.background import in_background
 from spin_ray.config import Config
+from spin_ray.errors import in_one_line
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base, Coordinator, Failure
 from spin_ray.learner.loop import WorkerArgs, make_main_player, run_worker
 from spin_ray.learner.messages import Stop, TrainReport
 from spin_ray.placement import Hardware
+from spin_ray.storage import DISK, Disk
 
 
 class Learner:
@@ -30,15 +33,20 @@ class Learner:
 
     def __init__(
         self, config: Config, hardware: Hardware, *, model_path: str, logs: Path, checkpoint: Path | None = None,
-        make_player: Callable[[WorkerArgs, Base], Any] = make_main_player,
+        rollbacks: int = 0, storage: Disk = DISK, make_player: Callable[[WorkerArgs, Base], Any] = make_main_player,
     ):
+        """`rollbacks`: those of the run's earlier sessions."""
         base = Base(model_path, str(checkpoint) if checkpoint else None)
-        self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote(base)
+        self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote(
+            base, max_restarts=config.learner.max_restarts, rollbacks=rollbacks
+        )
         self._args = WorkerArgs(
             coordinator=self.coordinator, config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code,
-            seed=config.run.seed, log_dir=str(logs), make_player=make_player,
+            seed=config.run.seed, log_dir=str(logs), storage=storage, make_player=make_player,
+            rollback_lr_factor=config.guard.rollback_lr_factor,
         )
-        self._storage = logs / "ray_train"
+        self._max_failures = config.learner.max_restarts + config.guard.max_rollbacks  # the coordinator tells them apart
+        self._ray_train = logs / "ray_train"
         self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)
         self._thread.start()
 
@@ -67,6 +75,10 @@ class Learner:
     def move_base(self, base: Base, group: int) -> bool:
         """Let later groups start from `base`; False if a new one has joined since `group` and is at work from the old base."""
         return ray.get(self.coordinator.move_base.remote(base, group))
+
+    def roll_back(self, group: int) -> bool:
+        """Let this group's training start over from theta_t; False if it has been replaced already."""
+        return ray.get(self.coordinator.roll_back.remote(group))
 
     def fail(self, error: BaseException) -> None:
         """Make every waiting worker, and the driver, raise this error (its text, if it cannot be sent)."""
@@ -111,8 +123,9 @@ class Learner:
                 resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
             ),
             run_config=ray.train.RunConfig(
-                storage_path=str(self._storage.parent), name=self._storage.name,
-                failure_config=ray.train.FailureConfig(max_failures=config.max_restarts),
+                **self._args.storage.for_ray_train(self._ray_train.parent), name=self._ray_train.name,
+                failure_config=ray.train.FailureConfig(max_failures=self._max_failures),
+                callbacks=[_TellCoordinator(self.coordinator, self._args.log_dir)],
             ),
         )
 
@@ -121,6 +134,23 @@ def _unless_failed(answer: Any) -> Any:
     if isinstance(answer, Failure):
         raise answer.error
     return answer
+
+
+class _TellCoordinator(ray.train.UserCallback):
+    """Lives in Ray Train's controller, the only one who hears why a group of workers ended."""
+
+    def __init__(self, coordinator: Any, log_dir: str):
+        self._coordinator, self._log_dir = coordinator, log_dir
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        rank = min(worker_exceptions, key=lambda rank: (not _died(worker_exceptions[rank]), rank))
+        cause = f"rank {rank}: {in_one_line(worker_exceptions[rank])}; see {self._log_dir}/learner-{rank}.log"
+        ray.get(self._coordinator.group_ended.remote(cause))
+
+
+def _died(error: Exception) -> bool:
+    """Whether the worker's process is gone; what the others then raise in their collectives only follows from it."""
+    return isinstance(getattr(error, "health_check_failure", None), ray.exceptions.RayActorError)
 
 
 INTERRUPT_PATIENCE_S = 300.0
@@ -148,4 +178,4 @@ def follow(learner: Learner, number: int, note: Callable[[Any], None], interrupt
                 patience_ends = time.monotonic() + INTERRUPT_PATIENCE_S
             if time.monotonic() > patience_ends:
                 raise Interrupted("interrupted while the main player waited; the same command goes on")
-            time.sleep(0.2)
+            wait([waiting], timeout=0.2)

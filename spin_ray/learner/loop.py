@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
@@ -25,11 +24,11 @@ from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput, Diverged, RunStopped
 from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
-from spin_ray.learner.coordinator import Base, DriverFailed, Failure, unwrapped
-from spin_ray.learner.messages import Count, Publish, Save, Score, StepRecord, Stop, Train, TrainReport
-from spin_ray.manifest import flush_folder, readable_disk_errors, replace_folder
+from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, unwrapped
+from spin_ray.learner.messages import Count, Divergence, Publish, Save, Score, StepRecord, Stop, Train, TrainReport
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
+from spin_ray.storage import Disk, readable_disk_errors
 
 Example = tuple[Pair, np.ndarray]
 """A pair with its references: log p of the real and of the generated answer under theta_t, [2] float64, summed, in nats."""
@@ -45,8 +44,12 @@ class WorkerArgs:
     trust_remote_code: bool
     seed: int
     log_dir: str
+    storage: Disk
+    """Where what the workers write lies for good."""
     make_player: Callable[[WorkerArgs, Base], Any]
     """Makes the worker's main player; not the real one only in measurements of what is around it."""
+    rollback_lr_factor: float = 1.0
+    """What each rollback multiplies the learning rate by."""
 
 
 def make_main_player(args: WorkerArgs, base: Base) -> Any:
@@ -60,9 +63,10 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     torch.manual_seed(args.seed)
     if args.hardware.device == "cuda":
         torch.cuda.set_device(ray.train.torch.get_device())
-    player = MainPlayer(base.model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
+    model_path = str(args.storage.fetch(Path(base.model_path)))
+    player = MainPlayer(model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
     if base.checkpoint_path:
-        player.load_checkpoint(Path(base.checkpoint_path))
+        player.load_checkpoint(args.storage.fetch(Path(base.checkpoint_path)))
     return player
 
 
@@ -76,9 +80,9 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
 
     args = loop_config["args"]
     redirect_output(f"{args.log_dir}/learner-{ray.train.get_context().get_world_rank()}.log")
-    base = _join(args.coordinator)
     try:
-        worker, number = Worker(args.make_player(args, base), args), base.first_command
+        joined = _join(args.coordinator)
+        worker, number = Worker(args.make_player(args, joined.base), args, joined), joined.base.first_command
         while not isinstance(command := unwrapped(args.coordinator.command.remote(number)), Stop):
             result = worker.carry_out(command)
             worker.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
@@ -90,24 +94,32 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
         return
 
 
-def _join(coordinator: Any) -> Base:
-    """The base of this group of workers: rank 0 asks, once, and tells the others."""
+class RolledBack(Exception):
+    """Ends a group of workers whose weights are spoilt: Ray Train starts a new one, which joins at theta_t."""
+
+
+def _join(coordinator: Any) -> Joined:
+    """Where this group of workers begins: rank 0 asks, once, and tells the others."""
     import torch.distributed as dist
 
-    base = [ray.get(coordinator.join.remote()) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(base)
-    return base[0]
+    answer = [ray.get(coordinator.join.remote()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Failure):
+        raise DriverFailed
+    return answer[0]
 
 
 class Worker:
     """Carries out commands with a MainPlayer."""
 
-    def __init__(self, player: Any, args: WorkerArgs):
-        self._player, self._args = player, args
+    def __init__(self, player: Any, args: WorkerArgs, joined: Joined):
+        self._player, self._args, self._joined = player, args, joined
         self._coordinator = args.coordinator
         self._iteration = 0
         self._logged: list[Any] = []
         self._interrupted = False
+        self._steps_saved = 0
+        """Optimizer steps of the progress that is saved, 0 if none is."""
 
     def carry_out(self, command: Any) -> Any:
         match command:
@@ -133,7 +145,7 @@ class Worker:
         feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span)
         blocks = self._scored(list(feed) if command.wait_for_all else feed, command.scorer)
         count = self._take_up(command)
-        total_steps = command.num_steps
+        total_steps, peak = command.num_steps, command.lr * self._args.rollback_lr_factor**self._joined.rollbacks
         metrics: dict[str, float] = {}
         snapshot = command.snapshot
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
@@ -144,12 +156,15 @@ class Worker:
             if snapshot and step >= snapshot[0]:  # later only where progress was taken up behind it
                 self.answer(snapshot[1], self._publish(snapshot[1]))
                 snapshot = None
-            lr = learning_rate(step, total_steps, peak=command.lr, warmup_fraction=config.warmup_fraction)
+            lr = learning_rate(step, total_steps, peak=peak, warmup_fraction=config.warmup_fraction)
             pairs, references = [pair for pair, _ in batch], np.array([reference for _, reference in batch])
             begun = time.perf_counter()
             metrics = self._player.step(pairs, references, loss_fn=command.loss_fn, lr=lr, normalizer=command.normalizer(pairs))
             seconds = time.perf_counter() - begun
-            check_numbers(metrics, command.iteration, step, lr, self._args.log_dir)
+            try:
+                check_numbers(metrics, command.iteration, step, lr, self._args.log_dir)
+            except Diverged as error:
+                self._wait_for_rollback(Divergence(self._joined.group, command.iteration, step, error))
             count = count.after(metrics, len(batch))
             self._log(StepRecord(command.iteration, step, total_steps, {
                 **metrics, **staleness(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
@@ -171,27 +186,52 @@ class Worker:
     def _take_up(self, command: Train) -> Count:
         """Begin the iteration, or go on from the progress that an earlier group of workers saved."""
         self._player.begin_iteration()
-        state = Path(command.progress_path) / "count.json" if command.progress_path else None
-        if state is None or not state.exists():
-            return Count()
-        self._player.load_checkpoint(Path(command.progress_path))
-        return Count(**json.loads(state.read_text()))
+        self._steps_saved = 0
+        afresh = Count(rollbacks=self._joined.rollbacks)
+        if command.progress_path is None:
+            return afresh
+        state = self._args.storage.fetch(_progress(command)[0])
+        if not state.exists():
+            return afresh
+        count = _read_count(state)
+        self._steps_saved = count.steps
+        if count.rollbacks != afresh.rollbacks:
+            return afresh  # it is on the way to where the numbers went bad
+        self._player.load_checkpoint(self._args.storage.fetch(_progress(command, count.steps)[1]))
+        return count
+
+    def _wait_for_rollback(self, divergence: Divergence) -> NoReturn:
+        """All ranks see the same numbers, and end together when the driver says so; if it does not, it ends the run."""
+        self._log(divergence)
+        unwrapped(self._coordinator.rolled_back.remote(divergence.group))
+        raise RolledBack(str(divergence.error))
 
     def _save_progress(self, command: Train, count: Count) -> None:
-        """Replace the saved progress as a whole; all ranks write into one folder, rank 0 renames it."""
-        path = Path(command.progress_path)
-        temporary = path.parent / f".{path.name}.tmp"
-        with self._span("save"), readable_disk_errors(path):
-            if self._player.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            self.wait_for_all_ranks()
-            self._player.save_checkpoint(temporary)
+        """Save the player as it is. `count.json` says which folder is believed: a save that is cut short changes nothing."""
+        storage, state, folder = self._args.storage, *_progress(command, count.steps)
+        with self._span("save"):
+            self._write_folder(folder, self._player.save_checkpoint)
             self.wait_for_all_ranks()
             if self._player.rank == 0:
-                (temporary / "count.json").write_text(json.dumps(asdict(count)))
-                flush_folder(temporary)
-                replace_folder(temporary, path)
+                storage.commit(folder)
+                with storage.written(state) as file:
+                    file.write_text(json.dumps(asdict(count)))
+                if self._steps_saved not in (0, count.steps):  # equal: from before a rollback, and replaced
+                    storage.remove(_progress(command, self._steps_saved)[1])
+        self._steps_saved = count.steps
+
+    def _write_folder(self, path: Path, write: Callable[[Path], None]) -> None:
+        """All ranks write into the draft of a folder, which is left to be committed."""
+        storage = self._args.storage
+        leads = storage.leads(self._player.rank, int(os.environ["LOCAL_RANK"]))
+        with readable_disk_errors(path):
+            if leads:
+                storage.prepare(path)
+            self.wait_for_all_ranks()
+            write(storage.draft(path))
+            self.wait_for_all_ranks()
+            if leads:
+                storage.upload(path)
 
     def _scored(self, blocks: Iterable[list[Pair]], scorer: str) -> Iterator[list[Example]]:
         """The blocks with the references of their pairs: the opponent's, or the learner's own under theta_t.
@@ -238,14 +278,22 @@ class Worker:
     def _save(self, command: Save) -> None:
         from spin_ray.exchange.weights import BUCKET_BYTES
 
-        with readable_disk_errors(Path(command.model_path)):
-            if self._player.rank == 0:
-                for path in filter(None, (command.model_path, command.checkpoint_path)):
-                    shutil.rmtree(path, ignore_errors=True)  # what a worker left that died while it wrote
-            self.wait_for_all_ranks()
-            self._player.export(Path(command.model_path), BUCKET_BYTES)
-            if command.checkpoint_path:
-                self._player.save_checkpoint(Path(command.checkpoint_path))
+        self._write_folder(Path(command.model_path), lambda folder: self._player.export(folder, BUCKET_BYTES))
+        if command.checkpoint_path:
+            self._write_folder(Path(command.checkpoint_path), self._player.save_checkpoint)
+
+
+def _progress(command: Train, steps: int = 0) -> tuple[Path, Path]:
+    """The progress of an iteration: the file that says how far it is, and the folder of the player after so many steps."""
+    folder = Path(command.progress_path)
+    return folder / "count.json", folder / f"step_{steps}"
+
+
+def _read_count(state: Path) -> Count:
+    try:
+        return Count(**json.loads(state.read_text()))
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{state}: damaged ({error}); remove its folder to begin the iteration's training again") from error
 
 
 def check_numbers(metrics: dict[str, float], iteration: int, step: int, lr: float, log_dir: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from spin_ray.errors import Diverged
 from spin_ray.records import Pair, Version
 
 
@@ -46,6 +47,17 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """What the driver hears when a step's numbers are none; the workers wait for it to roll back, or to end the run."""
+
+    group: int
+    """Which group of workers it is whose weights are spoilt."""
+    iteration: int
+    step: int
+    error: Diverged
+
+
+@dataclass(frozen=True)
 class Count:
     """What an iteration's training has done so far."""
 
@@ -53,10 +65,12 @@ class Count:
     pairs: int = 0
     tokens: int = 0
     first_loss: float = float("nan")
+    rollbacks: int = 0
+    """Those of the run before this training began: it is no use to a training that began after another one."""
 
     def after(self, metrics: dict[str, float], num_pairs: int) -> Count:
         first = self.first_loss if self.steps else metrics.get("spin_loss", metrics["loss"])
-        return Count(self.steps + 1, self.pairs + num_pairs, self.tokens + int(metrics["num_tokens"]), first)
+        return Count(self.steps + 1, self.pairs + num_pairs, self.tokens + int(metrics["num_tokens"]), first, self.rollbacks)
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class Publish:
 
 @dataclass(frozen=True)
 class Save:
-    """Write the HF folder and, if it has a path, the DeepSpeed checkpoint; the caller gives temporary names."""
+    """Write the HF folder and, if it has a path, the DeepSpeed checkpoint; the caller commits them."""
 
     model_path: str
     checkpoint_path: str | None = None

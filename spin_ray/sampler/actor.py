@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import ray
 from spin_ray.chatter import redirect_output
 from spin_ray.errors import WeightsLost
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
+from spin_ray.storage import DISK, Disk
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class SamplerArgs:
     log_path: str
     engine: Mapping[str, Any]
     env: Mapping[str, str]
+    storage: Disk = DISK
+    """What brings the run's own models to this node."""
 
 
 class Sampler:
@@ -41,8 +45,10 @@ class Sampler:
         os.environ.update(args.env)
         from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
 
+        self._storage = args.storage
+        model_path = str(self._storage.fetch(Path(args.model_path)))
         self._engine = OpponentEngine(
-            args.model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
+            model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
         )
 
     async def ready(self) -> Version:
@@ -51,6 +57,10 @@ class Sampler:
         await asyncio.wrap_future(self._engine.sample(self._engine.version, [1, 1], settings))
         await asyncio.wrap_future(self._engine.score(self._engine.version, [1, 1], [1, 1]))
         return self._engine.version
+
+    async def stuck_s(self) -> float:
+        """The pool's heartbeat: seconds that the engine has been at its present step."""
+        return self._engine.stuck_s()
 
     async def sample(self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings) -> list[Completion]:
         futures = [self._engine.sample(version, prompt, settings) for prompt in prompts]
@@ -71,15 +81,18 @@ class Sampler:
             buckets = await asyncio.gather(*weights.buckets)
         except ray.exceptions.ObjectLostError as error:
             raise WeightsLost(f"the weights of {weights.version} went with the learner's worker that held them") from error
-        await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, started)))
+        folder = await asyncio.to_thread(self._storage.fetch, Path(weights.saved_at)) if weights.saved_at else None
+        await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, folder, started)))
         return time.perf_counter() - started[0]
 
     @staticmethod
-    def _tensors(weights: PublishedWeights, buckets: Sequence[Any], started: list[float]) -> Iterator[tuple[str, Any]]:
+    def _tensors(
+        weights: PublishedWeights, buckets: Sequence[Any], folder: Path | None, started: list[float]
+    ) -> Iterator[tuple[str, Any]]:
         from spin_ray.exchange.weights import from_bucket, from_folder
 
         started.append(time.perf_counter())
-        if weights.saved_at:
-            yield from from_folder(weights.saved_at, weights.tied_names)
+        if folder:
+            yield from from_folder(folder, weights.tied_names)
         for bucket in buckets:
             yield from from_bucket(bucket, weights.tied_names)

@@ -5,9 +5,11 @@ The only file that imports vLLM. Answers come out one by one, so a block never w
 
 from __future__ import annotations
 
+import math
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -43,6 +45,8 @@ class OpponentEngine:
         self._pending: dict[str, tuple[Future, Callable[[Any], Any]]] = {}
         self._error: BaseException | None = None
         self._next_id = 0
+        self._step_began = math.inf
+        """When the thread began what it is doing; inf: it waits for work."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -94,6 +98,10 @@ class OpponentEngine:
             save_file({name: tensor.clone() for name, tensor in tensors}, f"{folder}/model.safetensors")
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
+    def stuck_s(self) -> float:
+        """Seconds that the thread has been at its present step; 0 while it waits for work."""
+        return max(0.0, time.monotonic() - self._step_began)
+
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join()
@@ -135,12 +143,18 @@ class OpponentEngine:
     def _next_entry(self) -> tuple[Future, Callable[[], None]] | None:
         """The next entry of the inbox; steps the engine as long as there is work and the inbox is empty."""
         while True:
+            if not self._pending:
+                self._step_began = math.inf
             try:
-                return self._inbox.get(block=not self._pending)
+                entry = self._inbox.get(block=not self._pending)
             except queue.Empty:
                 self._step()
+            else:
+                self._step_began = time.monotonic()
+                return entry
 
     def _step(self) -> None:
+        self._step_began = time.monotonic()
         for output in self._engine.step():
             if output.finished:
                 future, convert = self._pending.pop(output.request_id)

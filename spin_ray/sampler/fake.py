@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -20,23 +21,30 @@ class FakeSampler:
     """Has the verbs of `Sampler`. Works at a fixed rate, as one engine does that is kept full: twice the prompts, twice the time.
 
     An answer depends on its prompt alone (as greedy ones do): its tokens are a hash of it. `fail_after` prompts it raises,
-    or with `dies` ends its process.
+    or with `dies` ends its process. `hang_after` prompts its engine answers and loads nothing more; with `mute` its process
+    gives no sign of life either.
     """
 
     def __init__(
         self, version: Version, *, prompts_per_s: float = 1e6, scores_per_s: float = 1e6, start_s: float = 0.0, load_s: float = 0.0,
-        fail_after: int | None = None, dies: bool = False,
+        fail_after: int | None = None, dies: bool = False, hang_after: float = math.inf, mute: bool = False,
     ):
         self._version = version
         self._seconds = {"sample": 1 / prompts_per_s, "score": 1 / scores_per_s}
         self._start_s, self._load_s = start_s, load_s
-        self._fail_after, self._dies = fail_after, dies
+        self._fail_after, self._dies, self._hang_after, self._mute = fail_after, dies, hang_after, mute
+        self._hangs_since = math.inf
         self._free_at = 0.0
         self.num_prompts = 0
 
     async def ready(self) -> Version:
         await asyncio.sleep(self._start_s)
         return self._version
+
+    async def stuck_s(self) -> float:
+        if self._mute and self._hangs_since < math.inf:
+            await _forever()
+        return max(0.0, time.monotonic() - self._hangs_since)
 
     async def sample(self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings) -> list[Completion]:
         await self._work("sample", version, len(prompts))
@@ -47,6 +55,8 @@ class FakeSampler:
         return [np.full(len(answer), -1.0, np.float32) for answer in answers]
 
     async def load(self, weights: PublishedWeights) -> float:
+        await self._hang_if_due()
+        await asyncio.gather(*weights.buckets)
         await asyncio.sleep(self._load_s)
         self._version = weights.version
         return self._load_s
@@ -59,13 +69,23 @@ class FakeSampler:
             if self._dies:
                 os._exit(1)
             raise EngineFailed(f"engine failed after {self._fail_after} prompts")
+        await self._hang_if_due()
         self._free_at = max(self._free_at, time.monotonic()) + count * self._seconds[verb]
         await asyncio.sleep(self._free_at - time.monotonic())
+
+    async def _hang_if_due(self) -> None:
+        if self.num_prompts > self._hang_after:
+            self._hangs_since = min(self._hangs_since, time.monotonic())
+            await _forever()
 
     def _completion(self, prompt: np.ndarray, settings: SamplingSettings) -> Completion:
         digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
         ids = np.frombuffer(digest, np.uint8)[: min(8, settings.max_new_tokens)].astype(np.int32)
         return Completion(self._version, ids, np.full(len(ids), -1.0, np.float32), "stop")
+
+
+async def _forever() -> None:
+    await asyncio.get_running_loop().create_future()
 
 
 class FakeFleet:
@@ -82,7 +102,9 @@ class FleetMember:
     """Stands where the handle of a sampler's actor is expected: `member.sample.remote(...)`."""
 
     def __init__(self, fleet: Any, member: int):
-        self.ready, self.sample, self.score, self.load = (_Verb(fleet, member, verb) for verb in ("ready", "sample", "score", "load"))
+        self.ready, self.sample, self.score, self.load, self.stuck_s = (
+            _Verb(fleet, member, verb) for verb in ("ready", "sample", "score", "load", "stuck_s")
+        )
 
 
 @dataclass(frozen=True)

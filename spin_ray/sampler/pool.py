@@ -8,10 +8,12 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 | a request of the present version | a replica with room | answers of earlier requests; a replica that joins |
 | `load` | the replicas | the last answer that the present version owes |
 | a replica that joins late | the present weights | its own load of them, or if they are lost the next `load` or `saved` |
+| the heartbeat | a sign of life of a replica that owes something | the replica; or, past `heartbeat_timeout_s`, its new start |
 | all of them | | too many failures in a row: every present and later wait raises the first error |
 
-A replica that dies, whose engine fails, or that owes an answer for too long is started anew by Ray and brought to the
-present weights; what it owed goes to whoever is free first. Requests are answered in the order of their `urgency`, then of
+A replica that dies, whose engine fails or hangs, or that owes an answer for too long is started anew by Ray and brought to
+the present weights; what it owed goes to whoever is free first. The heartbeat asks replicas that owe something; a load may take
+its time as long as the process answers, a start has only its deadline. Requests are answered in the order of their `urgency`, then of
 their `order` (a block's place in training: the one that the learner waits for goes first), then of their arrival; a request
 of an earlier version is refused.
 """
@@ -35,10 +37,11 @@ import ray
 
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
-from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion
+from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion, in_one_line
 from spin_ray.placement import Hardware
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
+from spin_ray.storage import DISK, Disk
 
 AUDIT, PLAY, EVALUATE = 0, 1, 2
 """Urgency of a request: the audit is answered before its version is released, evaluation only fills what play leaves free."""
@@ -47,7 +50,9 @@ CHUNK = 16
 """Prompts handed to a replica at a time: small, so that a long-tailed block spreads over all."""
 
 
-def start_opponent(config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path) -> Any:
+def start_opponent(
+    config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path, storage: Disk = DISK
+) -> Any:
     """Start all replicas with theta_version from `model_path` and return the pool's actor handle at once, while they load."""
     settings = {
         "tensor_parallel_size": config.sampler.tensor_parallel_size, "max_num_seqs": config.sampler.max_num_seqs,
@@ -61,11 +66,15 @@ def start_opponent(config: Config, model_path: str, version: int, hardware: Hard
             model_path=model_path, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
             seed=config.run.seed + 1000 * version + replica,  # a resumed run must not draw its first iteration's numbers again
             log_path=str(logs / f"sampler-{replica}.log"), engine=settings, env=hardware.sampler_env,
+            storage=storage,
         ))
         for replica in range(config.sampler.num_replicas)
     ]
     sampler = config.sampler
-    limits = Limits(sampler.max_num_seqs, sampler.request_timeout_s, sampler.max_restarts, sampler.restart_window_s)
+    limits = Limits(
+        sampler.max_num_seqs, sampler.request_timeout_s, sampler.max_restarts, sampler.restart_window_s,
+        heartbeat_timeout_s=sampler.heartbeat_timeout_s or math.inf,
+    )
     return start_pool(samplers, Version(version), limits)
 
 
@@ -93,6 +102,12 @@ class Limits:
     """Restarts, of all replicas together, that are put up with ..."""
     restart_window_s: float = 600.0
     """... within this many seconds."""
+    heartbeat_timeout_s: float = math.inf
+    """Seconds without a sign of life of a replica that owes something, or of its engine, after which it counts as hanging."""
+
+
+HEARTBEAT_S = 5.0
+"""How often a replica is asked for a sign of life, if no shorter timeout asks for more."""
 
 
 def restart_actor(handle: Any) -> None:
@@ -102,7 +117,7 @@ def restart_actor(handle: Any) -> None:
 
 @dataclass
 class _Replica:
-    name: str
+    number: int
     handle: Any
     version: Version
     weights: PublishedWeights | None = None
@@ -112,6 +127,11 @@ class _Replica:
     """Counts its processes: what one of them owed says nothing about the next."""
     outstanding: int = 0
     """Prompts that it has not yet answered."""
+    loading: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"opponent {self.number}"
 
 
 @dataclass(frozen=True)
@@ -135,7 +155,7 @@ class SamplerPool:
         self._failures: deque[tuple[float, BaseException]] = deque()
         """(when, error) of what led to restarts within the window."""
         self._num_restarts = 0
-        self._replicas = [_Replica(f"opponent {number}", handle, version) for number, handle in enumerate(samplers)]
+        self._replicas = [_Replica(number, handle, version) for number, handle in enumerate(samplers)]
         self._version = version
         self._released = False
         self._weights: PublishedWeights | None = None
@@ -145,6 +165,8 @@ class SamplerPool:
         """A heap of (rank, arrival, work)."""
         self._arrivals = itertools.count()
         self._changed = asyncio.Condition()
+        self._turned = asyncio.Condition()
+        """For the hundreds of blocks that wait for their version: a change that is none of theirs does not wake them."""
         self._error: BaseException | None = None
         self._spans: deque[Span] = deque()
         self._tasks: set[asyncio.Task] = set()
@@ -153,6 +175,7 @@ class SamplerPool:
         """Let every replica join as soon as it is up."""
         for replica in self._replicas:
             self._spawn(self._join(replica))
+            self._spawn(self._watch(replica))
 
     async def ready(self) -> int:
         """Wait for the first replica; returns how many have joined."""
@@ -197,11 +220,11 @@ class SamplerPool:
         """Let requests of the present version other than the audit's be answered."""
         assert version == self._version, f"{version} is not loaded, {self._version} is"
         self._released = True
-        await self._note_change()
+        await self._note_change(turned=True)
 
     async def released(self, version: Version) -> None:
         """Wait until requests of this version are answered (or refused: it has gone by)."""
-        await self._until(lambda: (self._released and version == self._version) or version.precedes(self._version))
+        await self._until(lambda: (self._released and version == self._version) or version.precedes(self._version), self._turned)
 
     async def num_restarts(self) -> int:
         """Replicas started anew so far."""
@@ -267,21 +290,41 @@ class SamplerPool:
         self._spans.append(Span(replica.name, _ACTIVITY[work.rank[0]], work.version.number, begin, time.time()))
         await self._note_change()
 
+    async def _watch(self, replica: _Replica) -> None:
+        """The heartbeat: an engine that hangs is noticed long before the deadline of what it owes."""
+        limit = self._limits.heartbeat_timeout_s
+        while self._error is None and limit < math.inf:
+            await asyncio.sleep(min(HEARTBEAT_S, limit / 4))
+            if not (replica.loading or (replica.joined and replica.outstanding)):
+                continue
+            life, loading = replica.lives, replica.loading
+            try:
+                stuck_s = await asyncio.wait_for(_done(replica.handle.stuck_s.remote()), limit)
+                if stuck_s > limit and not loading:
+                    raise EngineFailed(f"hung: its engine was at one step for longer than sampler.heartbeat_timeout_s={limit:g}")
+            except TimeoutError:
+                silent = EngineFailed(f"hung: no sign of life for sampler.heartbeat_timeout_s={limit:g}")
+                self._start_anew(replica, life, silent)
+            except BROKEN as error:
+                self._start_anew(replica, life, error)
+            await self._note_change()
+
     def _start_anew(self, replica: _Replica, life: int, error: BaseException) -> None:
         """Have a broken replica join again; the first of its requests to fail sees to it."""
         if life != replica.lives:
             return
-        replica.joined, replica.version, replica.weights, now = False, self._first_version, None, time.monotonic()
-        replica.lives += 1
+        replica.joined, replica.loading = False, False
+        replica.version, replica.weights = self._first_version, None
+        replica.lives, now = replica.lives + 1, time.monotonic()
         self._failures.append((now, _in_words(replica, error)))
         while now - self._failures[0][0] > self._limits.restart_window_s:
             self._failures.popleft()
+        if not isinstance(error, ray.exceptions.RayActorError):  # a dead one is being started anew already
+            self._restart(replica.handle)  # also when it is the last time: who waits for what hangs in it must hear of it
         if len(self._failures) > self._limits.max_restarts:
             self._error = self._error or self._failures[0][1]
             return
         self._num_restarts += 1
-        if not isinstance(error, ray.exceptions.RayActorError):  # a dead one is being started anew already
-            self._restart(replica.handle)
         self._spawn(self._join(replica))
 
     async def _join(self, replica: _Replica) -> None:
@@ -306,28 +349,33 @@ class SamplerPool:
     async def _load(self, replica: _Replica) -> float:
         weights, begin, life = self._weights, time.time(), replica.lives
         assert weights is not None
+        replica.loading = True
         try:
             seconds = await asyncio.wait_for(_done(replica.handle.load.remote(weights)), self._limits.request_timeout_s)
         except BROKEN as error:
             self._start_anew(replica, life, error)
             return 0.0
         if life == replica.lives:
-            replica.version, replica.weights = weights.version, weights
-        self._spans.append(Span(replica.name, "load", weights.version.number, begin, time.time()))
+            replica.version, replica.weights, replica.loading = weights.version, weights, False
+            self._spans.append(Span(replica.name, "load", weights.version.number, begin, time.time()))
         return seconds
 
     def _owed(self) -> bool:
         """Whether the present version has still to answer something."""
         return any(replica.outstanding for replica in self._replicas) or any(self._may_answer(work) for *_, work in self._waiting)
 
-    async def _note_change(self) -> None:
+    async def _note_change(self, *, turned: bool = False) -> None:
         async with self._changed:
             self._dispatch()
             self._changed.notify_all()
+        if turned or self._error:
+            async with self._turned:
+                self._turned.notify_all()
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._error is not None or condition())
+    async def _until(self, condition: Callable[[], bool], changed: asyncio.Condition | None = None) -> None:
+        changed = changed or self._changed
+        async with changed:
+            await changed.wait_for(lambda: self._error is not None or condition())
         if self._error:
             raise self._error.with_traceback(None)
 
@@ -355,7 +403,12 @@ async def _up(handle: Any) -> None:
             await asyncio.sleep(0.5)
 
 
-def _in_words(replica: _Replica, error: BaseException) -> BaseException:
+def _in_words(replica: _Replica, error: BaseException) -> EngineFailed:
+    """For the user, if this is one failure too many."""
     if isinstance(error, TimeoutError):
-        return EngineFailed(f"{replica.name} hung: it owed an answer for longer than sampler.request_timeout_s")
-    return error
+        what = "hung: it owed an answer for longer than sampler.request_timeout_s"
+    elif isinstance(error, ray.exceptions.RayActorError):
+        what = f"died: {in_one_line(error)}"
+    else:
+        what = str(getattr(error, "cause", error))  # without Ray's traceback, where it came from another process
+    return EngineFailed(f"sampler {replica.number}: {what}; see logs/sampler-{replica.number}.log, and sampler.max_restarts")

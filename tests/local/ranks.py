@@ -7,7 +7,6 @@ gradient norms and weights to OUT/stage_SETUP.pt.
 import dataclasses
 import functools
 import os
-import pickle
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.config import LearnerConfig
+from spin_ray.errors import BadInput
 from spin_ray.learner.engine import MainPlayer
 from spin_ray.losses import spin_loss
 from spin_ray.placement import Hardware
@@ -44,6 +44,22 @@ def references(pairs: list[Pair]) -> np.ndarray:
     return np.array([opponent_reference(pair) for pair in pairs])
 
 
+def damage(player: MainPlayer, checkpoint: Path) -> list[str]:
+    """What the player says to each of the checkpoint's files when it is cut short, has a broken head, or is not there."""
+    complaints = []
+    for path in [path for path in checkpoint.rglob("*.pt") if path.is_file()]:
+        whole = path.read_bytes()
+        for broken in (whole[: len(whole) // 2], b"\0" * 64 + whole[64:], None):
+            path.unlink() if broken is None else path.write_bytes(broken)
+            try:
+                player.load_checkpoint(checkpoint)
+                complaints.append(f"{path} was loaded")
+            except BadInput as error:
+                complaints.append(str(error))
+        path.write_bytes(whole)
+    return complaints
+
+
 class RunsCode:
     """What an attacker would put into a checkpoint: unpickling it makes a folder."""
 
@@ -59,8 +75,8 @@ def refuses_code(player: MainPlayer, checkpoint: Path) -> bool:
         torch.save({**torch.load(path, weights_only=False), "more": RunsCode(checkpoint / "made")}, path)
     try:
         player.load_checkpoint(checkpoint)
-    except pickle.UnpicklingError:
-        return not (checkpoint / "made").exists()
+    except BadInput as error:
+        return "UnpicklingError" in str(error) and not (checkpoint / "made").exists()
     return False
 
 
@@ -81,9 +97,13 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     player.save_checkpoint(out / f"checkpoint_{stage}")
     player.load_checkpoint(out / f"checkpoint_{stage}")
     player.export(out / f"model_{stage}", bucket_bytes=20_000)
-    refused = player.world_size == 1 and refuses_code(player, out / f"checkpoint_{stage}")
+    complaints, refused = [], False
+    if player.world_size == 1:
+        complaints = damage(player, out / f"checkpoint_{stage}")
+        refused = refuses_code(player, out / f"checkpoint_{stage}")
     if player.rank == 0:
-        torch.save({"refuses_code": refused, "steps": steps, "weights": weights, "logps": logps, "scores": scores, "tied": player.tied_names}, out / f"stage_{stage}.pt")
+        torch.save({"steps": steps, "weights": weights, "logps": logps, "scores": scores, "tied": player.tied_names,
+                    "complaints": complaints, "refuses_code": refused}, out / f"stage_{stage}.pt")
 
 
 if __name__ == "__main__":

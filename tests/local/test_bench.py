@@ -20,3 +20,16 @@ def test_scale_runs_the_real_loop_with_simulated_players():
     assert result["pairs_per_s"].keys() == {"paper 3x2"}
     case = result["cases"][0]
     assert case["ideal_s"] == round(0.3 * (4.32 + 8.64), 2) <= case["measured_s"] and result["overhead_share"] == round(1 - case["efficiency"], 4)
+
+
+def test_slope_nothing_is_kept_from_iteration_to_iteration():
+    """With 16 MiB of weights per version: a version that stays would be seen."""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "spin_ray", "bench", "slope", "--iterations", "9", "--prompts", "64"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    slopes = json.loads(done.stdout.splitlines()[-1])["mib_per_iteration"]
+    assert slopes.keys() >= {"driver", "Coordinator", "SamplerPool", "RayTrainWorker", "object store"}
+    assert max(slopes.values()) < 8, slopes

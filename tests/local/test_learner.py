@@ -134,6 +134,14 @@ def test_bfloat16_trains_float32_masters(one_worker):
     assert all(weight.dtype == torch.bfloat16 for weight in rounded["weights"].values())
 
 
+@pytest.mark.parametrize("stage", [*STAGES, "bfloat16"])
+def test_a_checkpoint_that_cannot_be_loaded_is_named_in_one_line(one_worker, stage):
+    complaints = one_worker[stage]["complaints"]
+    assert len(complaints) >= 3
+    for complaint in complaints:
+        assert f"checkpoint_{stage}: " in complaint and "put it back" in complaint and "\n" not in complaint, complaint
+
+
 def test_every_step_says_how_it_used_the_hardware(one_worker):
     for stage in STAGES:
         for metrics in one_worker[stage]["steps"]:

@@ -44,8 +44,8 @@ def metrics(run: Path, key: str) -> list:
 
 
 def snapshot(run: Path) -> dict[str, tuple[int, int]]:
-    """Size and modification time of every file of a run but its logs."""
-    files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.relative_to(run).parts]
+    """Size and modification time of every file of a run but its logs and its lock."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != "lock" and "logs" not in path.relative_to(run).parts]
     return {str(path.relative_to(run)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 

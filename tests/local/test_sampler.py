@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -76,6 +78,28 @@ def test_sampling_scoring_and_loading(opponent):
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_new_tokens=8, stop_ids=(1,))
     first, second = (engine.sample(Version(2), PROMPT, greedy).result(60) for _ in range(2))
     assert first.token_ids.tolist() == second.token_ids.tolist()
+
+
+def test_the_heartbeat_sees_an_engine_that_hangs_and_none_in_one_that_waits(opponent, monkeypatch):
+    engine, _, _ = opponent
+    assert engine.stuck_s() == 0.0
+    step, goes_on = engine._engine.step, threading.Event()
+
+    def hangs():
+        goes_on.wait(60)
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._engine, "step", hangs)
+        asked = engine.sample(Version(2), PROMPT, SAMPLED)
+        time.sleep(0.5)
+        assert 0.3 < engine.stuck_s() < 10 and not asked.done()
+        goes_on.set()
+        asked.result(60)
+    wait_until = time.monotonic() + 10
+    while engine.stuck_s() and time.monotonic() < wait_until:
+        time.sleep(0.01)
+    assert engine.stuck_s() == 0.0
 
 
 def test_broken_engine_fails_every_caller(opponent, monkeypatch):

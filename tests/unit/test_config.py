@@ -55,6 +55,11 @@ def test_origins(minimal):
     ("learner.optimizer=sgd", "choose one of rmsprop, adamw"),
     ("overlap.mode=fast", "choose one of stream, sequential, lookahead"),
     ("overlap.lookahead_fraction=1", "must be in (0, 1)"),
+    ("guard.rollback_lr_factor=1", "guard.rollback_lr_factor=1.0: must be in (0, 1)"),
+    ("guard.on_divergence=hope", "choose one of stop, rollback"),
+    ("guard.num_answers=0", "must be at least 1"),
+    ("run.keep_checkpoints=0", "must be at least 1"),
+    ("run.keep_pairs_iterations=-1", "must not be negative"),
     ("model.path=''", "model.path is not set"),
     ("run.name=a/b", "plain folder name"),
     ("beta", "form key=value"),
@@ -63,6 +68,28 @@ def test_bad_values_get_one_clear_line(minimal, override, message):
     with pytest.raises(BadInput) as caught:
         load_config(minimal, [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [
+    "s3://KEY:hush@bucket/runs", "s3://KEY:hu/sh@bucket/runs", "s3://KEY@bucket", "s3://bucket/runs?access_key=KEY&secret_key=hush",
+    "abfs://me:hush@store/runs", "abfs://container@store/runs?sig=hush",
+])
+def test_credentials_in_a_url_are_refused_and_not_repeated(minimal, url):
+    with pytest.raises(BadInput, match=r"run\.dir=\w+://\.\.\.: holds credentials") as caught:
+        load_config(minimal, [f"run.dir={url}"])
+    assert "hush" not in str(caught.value) and "=KEY" not in str(caught.value)
+
+
+def test_a_url_is_a_run_dir_and_its_scratch_folder_may_change(minimal):
+    url = "s3://bucket/runs?endpoint_override=127.0.0.1:9000&scheme=http&region=us-east-1"
+    config, _ = load_config(minimal, [f"run.dir={url}", "run.scratch=/big/disk"])
+    assert config.on_object_store and config.run.dir == url
+    assert config.run_path.parent.parent == Path("/big/disk") and config.run_path.name == "spin"
+    elsewhere, _ = load_config(minimal, ["run.dir=s3://other/runs", "run.scratch=/big/disk"])
+    assert elsewhere.run_path != config.run_path and differences(elsewhere, json.loads(to_json(config, "run"))) == ["command: run -> None"]
+    load_config(minimal, ["run.dir=abfs://container@store.dfs.core.windows.net/runs"])
+    with pytest.raises(BadInput, match="give a path on a disk without file://"):
+        load_config(minimal, ["run.dir=file:///runs"])
 
 
 def test_offload_without_zero_is_refused(minimal):
@@ -83,7 +110,7 @@ def test_differences_ignore_what_does_not_change_the_result(minimal):
     config, _ = load_config(minimal)
     saved = json.loads(to_json(config, "run"))
     assert saved.pop("command") == "run" and differences(config, saved) == []
-    other, _ = load_config(minimal, ["spin.beta=0.2", "tracking.wandb.mode=disabled", "run.dir=/elsewhere"])
+    other, _ = load_config(minimal, ["spin.beta=0.2", "tracking.wandb.mode=disabled", "run.dir=/elsewhere", "guard.max_rollbacks=9", "run.keep_checkpoints=3"])
     assert differences(other, saved) == ["spin.beta: 0.1 -> 0.2"]
 
 

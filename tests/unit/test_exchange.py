@@ -15,9 +15,10 @@ from spin_ray.errors import BadInput
 from spin_ray.exchange import pairs as exchange
 from spin_ray.exchange.audit import Audit, AuditError, FirstLossError, check_first_loss, compare, pair_mismatch
 from spin_ray.exchange.weights import from_bucket, to_bucket
-from spin_ray.manifest import RunDir, written_whole
+from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Pair, Prompt, Version, from_table, to_table
+from spin_ray.storage import written_whole
 
 
 def same(left, right):
@@ -111,6 +112,8 @@ def test_only_one_process_works_on_a_run_and_leftovers_are_removed(tmp_path):
         assert not (run.path / ".model.123.tmp").exists()
         with pytest.raises(BadInput, match="another process is working on this run"), run.locked():
             pass
+        with pytest.raises(BadInput, match="another process is working on this run"):
+            RunDir.open(config(tmp_path, seed=1), "run")  # nor may it put its config in place of the owner's
     with run.locked():
         pass
 
@@ -211,16 +214,30 @@ def test_a_damaged_model_is_never_loaded(tmp_path):
         run.check_model(0)
 
 
-def test_what_finished_iterations_leave_and_a_crash_kept_is_dropped(tmp_path):
+def test_damaged_prompts_are_named(tmp_path):
+    path = tmp_path / "block.parquet"
+    exchange.write_table(path, to_table([Prompt(0, np.array([1, 2], np.int32), np.array([3], np.int32), "x")], PROMPT_SCHEMA))
+    assert len(exchange.read_prompts(path)) == 1
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"block\.parquet: these prompts are damaged .*must be put back"):
+        exchange.read_prompts(path)
+
+
+@pytest.mark.parametrize(("keep", "pairs", "checkpoints"), [
+    (RunConfig(), [True] * 4, [False, False, True, True]),
+    (RunConfig(keep_pairs_iterations=1, keep_checkpoints=2), [False, False, True, True], [False, True, True, True]),
+])
+def test_what_finished_iterations_leave_and_a_crash_kept_is_dropped(tmp_path, keep, pairs, checkpoints):
     run = RunDir(tmp_path)
+    for t in range(4):
+        for path in (run.progress(t), run.checkpoint(t), run.iteration(t) / "pairs"):
+            path.mkdir(parents=True)
     for t in range(3):
-        run.progress(t).mkdir(parents=True)
-        run.checkpoint(t).mkdir()
-    for t in range(2):
         run.mark("iteration", iteration=t)
-    run.drop_outdated()
-    assert [run.progress(t).exists() for t in range(3)] == [False, False, True]
-    assert [run.checkpoint(t).exists() for t in range(3)] == [False, True, True]
+    run.drop_outdated(keep)
+    assert [run.progress(t).exists() for t in range(4)] == [False, False, False, True]
+    assert [run.checkpoint(t).exists() for t in range(4)] == checkpoints
+    assert [(run.iteration(t) / "pairs").exists() for t in range(4)] == pairs  # the newest finished ones are replayed
 
 
 def test_nothing_to_play_is_no_pipeline_at_all():

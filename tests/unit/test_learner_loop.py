@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import itertools
+import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from spin_ray.config import Config, LearnerConfig, RunConfig
-from spin_ray.errors import Diverged
+from spin_ray.errors import Diverged, RunStopped
 from spin_ray.learner.batches import batches, learning_rate
-from spin_ray.learner.coordinator import Base, Coordinator, Failure
-from spin_ray.learner.loop import Worker, check_numbers, staleness
+from spin_ray.learner.coordinator import Base, Coordinator, Failure, Joined
+from spin_ray.learner.loop import RolledBack, Worker, check_numbers, staleness
 from spin_ray.learner.messages import Count, Train
-from spin_ray.records import Version, opponent_reference
+from spin_ray.records import PAIR_SCHEMA, Span, Version, opponent_reference, to_table
+from spin_ray.storage import DISK
 
 BASE = Base("theta_0", None)
 
@@ -93,7 +95,7 @@ class FakePlayer:
 def scored(scorer, pairs):
     """References that the worker gives two blocks, and in which order it scored and yielded."""
     player = FakePlayer()
-    worker = Worker(player, SimpleNamespace(coordinator=None))
+    worker = Worker(player, SimpleNamespace(coordinator=None), Joined(BASE, 1, 0))
     references = []
     for block in worker._scored(iter([pairs[:2], pairs[2:]]), scorer):
         player.calls.append("yield")
@@ -187,17 +189,129 @@ def test_coordinator_hands_metrics_out_once_in_order():
 def test_a_new_group_joins_at_the_base_and_the_base_moves_only_with_the_group_that_made_it():
     async def scenario():
         box = Coordinator(BASE)
-        assert await box.join() == BASE and await box.group() == 1
-        assert await box.join() == BASE  # a worker died
+        assert await box.join() == Joined(BASE, 1, 0) and await box.group() == 1
+        assert (await box.join()).base == BASE  # a worker died
         await box.answer(0, "of the second group")
         later = Base("theta_1", None, first_command=4)
-        assert not await box.move_base(later, group=1) and await box.join() == BASE
+        assert not await box.move_base(later, group=1) and (await box.join()).base == BASE
         assert box._results == {}  # the third group answers again
-        await box.answer(3, "before the new base")
-        assert await box.move_base(later, group=3) and await box.join() == later
-        assert await box.result(3) == "before the new base"
+        assert await box.move_base(later, group=3) and (await box.join()).base == later
 
     run_async(scenario)
+
+
+def test_what_lies_before_the_base_is_dropped():
+    """Published weights among it: a reference that stays here would keep a whole model in the object store."""
+
+    async def scenario():
+        box = Coordinator(BASE)
+        for t in range(20):
+            train, publish = [await box.post(f"{what} {t}") for what in ("train", "publish")]
+            await box.join()
+            early = Version(t + 2, 1) if t % 2 else Version(t + 1, 1)  # a quick learner may be in t + 1 before the base moves
+            for key in (train, publish, early):
+                await box.answer(key, f"weights of {key}")
+            ahead = await box.post(f"train {t + 1}")
+            await box.answer(ahead, "report")
+            assert await box.move_base(Base(f"theta_{t + 1}", None, first_command=ahead, iteration=t + 1), await box.group())
+            assert box._commands == {ahead: f"train {t + 1}"} and box._results.keys() == {ahead, *([early] if t % 2 else [])}
+            assert await box.command(ahead) == f"train {t + 1}" and await box.result(ahead) == "report"
+
+    run_async(scenario)
+
+
+def test_a_rolled_back_group_ends_and_is_no_death():
+    async def scenario():
+        box = Coordinator(BASE, max_restarts=1, rollbacks=3)
+        assert (await box.join()).rollbacks == 3
+        ranks = [asyncio.create_task(box.rolled_back(1)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert not any(rank.done() for rank in ranks)
+        assert await box.roll_back(1)
+        assert await asyncio.gather(*ranks) == [None, None]
+        await box.group_ended("rank 0: RolledBack")
+        assert await box.join() == Joined(BASE, 2, 4)
+        await box.group_ended("rank 1: killed")  # the one death that is put up with
+        assert await box.join() == Joined(BASE, 3, 4)
+        assert not await box.roll_back(2)  # news from a group that is gone
+        await box.group_ended("rank 0: out of memory")
+        failure = await box.join()
+        assert str(failure.error) == "workers of the main player failed more often than learner.max_restarts=1 allows; first rank 1: killed"
+        assert isinstance(failure.error, RunStopped)
+
+    run_async(scenario)
+
+
+class RecordingPlayer:
+    """The verbs that training needs; its numbers go bad at a learning rate of 1."""
+
+    rank = 0
+
+    def __init__(self):
+        self.calls, self.lrs = [], []
+
+    def begin_iteration(self):
+        self.calls.append("begin")
+
+    def load_checkpoint(self, folder):
+        self.calls.append(folder.name)
+
+    def any_rank(self, flag):
+        return flag
+
+    def step(self, pairs, references, *, loss_fn, lr, normalizer):
+        self.lrs.append(lr)
+        return {"loss": float("nan") if lr >= 1 else 0.5, "grad_norm": 1.0, "num_tokens": 3.0}
+
+
+class Mailbox:
+    """The coordinator as a worker sees it, in this process: all blocks are there, every divergence is rolled back."""
+
+    def __init__(self, blocks):
+        self.records = []
+        self.log = self._method(self.records.append)
+        self.blocks = self._method(lambda iteration, start: blocks[start:])
+        self.rolled_back = self._method(lambda group: None)
+
+    def _method(self, function):
+        return SimpleNamespace(remote=function)
+
+
+@pytest.fixture
+def trained(monkeypatch, make_pairs, tmp_path):
+    """trained(rollbacks, progress) -> player, records: the training of one iteration, as the group after so many rollbacks does it."""
+    monkeypatch.setattr("spin_ray.learner.loop.ray.get", lambda value: [bool(v) for v in value] if isinstance(value, list) else value)
+    monkeypatch.setattr("spin_ray.learner.batches.ray.get", lambda value: value)
+    monkeypatch.setattr("spin_ray.learner.coordinator.ray.get", lambda value: value)
+
+    def train(rollbacks, progress):
+        tables = [to_table(make_pairs(4, seed=block), PAIR_SCHEMA) for block in range(5)]
+        (tmp_path / "progress").mkdir(exist_ok=True)
+        (tmp_path / "progress/count.json").write_text(json.dumps(dataclasses.asdict(progress)))
+        mailbox, player = Mailbox(tables), RecordingPlayer()
+        config = LearnerConfig(batch_pairs=4, warmup_fraction=0.5)
+        args = SimpleNamespace(coordinator=mailbox, config=config, seed=0, log_dir="logs", storage=DISK, rollback_lr_factor=0.5)
+        command = dataclasses.replace(command_of_five, progress_path=str(tmp_path / "progress"))
+        try:
+            Worker(player, args, Joined(BASE, 7, rollbacks)).carry_out(command)
+        except RolledBack:
+            player.calls.append("rolled back")
+        return player, [record for record in mailbox.records if not isinstance(record, Span)]
+
+    command_of_five = dataclasses.replace(command([4] * 5, epochs=1), num_steps=5, lr=2.0)
+    return train
+
+
+def test_a_divergence_ends_the_group_and_the_next_one_trains_with_a_lower_lr_from_the_start(trained):
+    player, records = trained(0, Count(steps=1))
+    assert player.calls == ["begin", "step_1", "rolled back"] and player.lrs == [2.0]
+    divergence = records[-1]
+    assert (divergence.group, divergence.iteration, divergence.step) == (7, 1, 1) and "step 1: loss is nan (lr 2" in str(divergence.error)
+    player, records = trained(2, Count(steps=1))  # what the first group saved is on the way to the bad numbers
+    assert player.calls == ["begin"] and player.lrs == pytest.approx([0.25, 0.5, 0.5, 0.5 * 2 / 3, 0.5 / 3])
+    assert [record.step for record in records] == [0, 1, 2, 3, 4]
+    player, _ = trained(2, Count(steps=3, rollbacks=2))
+    assert player.calls == ["begin", "step_3"] and len(player.lrs) == 2
 
 
 def test_count_goes_on_where_it_was():

@@ -1,9 +1,11 @@
 """The sampler pool's ordering contract, with fake samplers in this process: no Ray, no engine."""
 
 import asyncio
+import gc
 
 import numpy as np
 import pytest
+import ray
 
 from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion
 from spin_ray.records import PublishedWeights, SamplingSettings, Version
@@ -19,6 +21,7 @@ class Handle:
 
     def __init__(self, target, log=None):
         self._target, self._log = target, log
+        self._calls = []
 
     def __getattr__(self, name):
         class Method:
@@ -26,9 +29,17 @@ class Handle:
             def remote(*args):
                 if self._log is not None and name in ("sample", "score", "load"):
                     self._log.append(name)
-                return asyncio.ensure_future(getattr(self._target, name)(*args))
+                self._calls.append(asyncio.ensure_future(getattr(self._target, name)(*args)))
+                return asyncio.ensure_future(answer_or_death(self._calls[-1]))
 
         return Method
+
+
+async def answer_or_death(call):
+    await asyncio.wait([call])
+    if call.cancelled():
+        raise ray.exceptions.RayActorError
+    return call.result()
 
 
 def prompts(count):
@@ -40,12 +51,17 @@ def weights(version):
 
 
 def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario(), timeout=10))
+    try:
+        return asyncio.run(asyncio.wait_for(scenario(), timeout=10))
+    finally:
+        gc.collect()  # futures whose error nobody asked for say so when they are collected: here, not in the middle of another test
 
 
 def restart(handle):
-    """What Ray does to an actor: a new one in its place, with the version that it was made with."""
-    handle._target = FakeSampler(THETA_0)
+    """What Ray does to an actor: its calls fail; a new one in its place, with the version that it was made with."""
+    for call in handle._calls:
+        call.cancel()
+    handle._target, handle._calls = FakeSampler(THETA_0), []
 
 
 async def started(*samplers, room=64, log=None, release=True, **limits):
@@ -182,6 +198,66 @@ def test_a_hanging_engine_is_started_anew():
     async def scenario():
         pool = await started(FakeSampler(THETA_0, prompts_per_s=0.01), request_timeout_s=0.05, max_restarts=1)
         assert len(await pool.sample(THETA_0, prompts(3), SETTINGS)) == 3 and await pool.num_restarts() == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("mute", [False, True], ids=["engine", "process"])
+def test_a_heartbeat_finds_what_hangs_long_before_its_deadline(mute):
+    async def scenario():
+        hangs = FakeSampler(THETA_0, hang_after=2 * CHUNK, mute=mute)
+        pool = await started(hangs, FakeSampler(THETA_0), room=CHUNK, heartbeat_timeout_s=0.1, request_timeout_s=100, max_restarts=1)
+        answers = await pool.sample(THETA_0, prompts(20 * CHUNK), SETTINGS)
+        whole = await (await started(FakeSampler(THETA_0))).sample(THETA_0, prompts(20 * CHUNK), SETTINGS)
+        assert ids(answers) == ids(whole) and await pool.num_restarts() == 1
+
+    run(scenario)
+
+
+def test_a_process_that_hangs_in_a_load_is_found_by_its_silence():
+    async def scenario():
+        class HangsInLoad(FakeSampler):
+            async def load(self, weights):
+                self.num_prompts = 1
+                return await super().load(weights)
+
+        pool = await started(HangsInLoad(THETA_0, hang_after=0, mute=True), heartbeat_timeout_s=0.1, request_timeout_s=100, max_restarts=1)
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        assert len(await pool.sample(THETA_1, prompts(3), SETTINGS)) == 3 and await pool.num_restarts() == 1
+
+    run(scenario)
+
+
+def test_a_slow_step_an_idle_engine_and_a_long_load_are_no_hang():
+    async def scenario():
+        class Slow(FakeSampler):
+            loading = False
+
+            async def load(self, weights):
+                self.loading = True
+                await super().load(weights)
+                self.loading = False
+
+            async def stuck_s(self):
+                return 99.0 if self.loading else 0.0
+
+        slow = Slow(THETA_0, prompts_per_s=100, load_s=0.3)  # a chunk takes 0.16 s, in many steps
+        pool = await started(slow, room=CHUNK, heartbeat_timeout_s=0.1, max_restarts=0)
+        await pool.sample(THETA_0, prompts(CHUNK), SETTINGS)
+        await asyncio.sleep(0.2)
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        assert len(await pool.sample(THETA_1, prompts(3), SETTINGS)) == 3 and await pool.num_restarts() == 0
+
+    run(scenario)
+
+
+def test_the_last_hang_reaches_who_waits_for_it_at_once():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, hang_after=0), heartbeat_timeout_s=0.05, request_timeout_s=100, max_restarts=0)
+        with pytest.raises(EngineFailed, match=r"sampler 0: hung: its engine was at one step .*heartbeat_timeout_s=0.05; see logs/sampler-0"):
+            await pool.sample(THETA_0, prompts(3), SETTINGS)
 
     run(scenario)
 

@@ -1,0 +1,118 @@
+"""Bad numbers: what is checked while a run goes on, and what is done about them.
+
+| bad number | seen by | answer |
+|---|---|---|
+| a loss or gradient that is none | the learner's workers, at every step | `guard.on_divergence`: stop, or roll the iteration back |
+| opponent's log-probs that are none | `check_logps`, in every block | stop: a rollback starts from the weights that wrote them |
+| only empty or only truncated answers | `FirstAnswers`, per iteration | stop: the same |
+| a held-out NLL that explodes | `check_nll`, per version | stop: theta_{t+1} is finished, and the next opponent |
+| sampler and learner disagree | exchange/audit.py | stop: no training mends it |
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from spin_ray.chat import ChatFormat
+from spin_ray.config import Config
+from spin_ray.errors import Diverged
+from spin_ray.learner.messages import Divergence
+from spin_ray.manifest import RunDir
+from spin_ray.terminal import Terminal
+from spin_ray.tracking import Tracker
+
+
+class Rollbacks:
+    """Training that diverges starts over from theta_t with a smaller learning rate, if that is wanted and can help."""
+
+    def __init__(self, config: Config, run: RunDir, learner: Any, tracker: Tracker, terminal: Terminal):
+        self._guard, self._run, self._learner = config.guard, run, learner
+        self._tracker, self._terminal = tracker, terminal
+
+    def answer(self, divergence: Divergence, *, played_ahead: bool = False) -> None:
+        """Roll back, or raise Diverged. `played_ahead`: a snapshot of the spoilt training may have written pairs by now."""
+        guard, t, step = self._guard, divergence.iteration, divergence.step
+        number = len(self._run.marks("rollback")) + 1
+        if guard.on_divergence == "stop":
+            raise divergence.error
+        for hopeless, why in (
+            (step == 0, "the first step's numbers do not depend on the learning rate: look at the model and the pairs"),
+            (played_ahead, "a snapshot of this training has played pairs of the next iteration"),
+            (number > guard.max_rollbacks, f"guard.max_rollbacks={guard.max_rollbacks} of this run are used up"),
+        ):
+            if hopeless:
+                raise Diverged(f"{divergence.error}; not rolled back: {why}")
+        if not self._learner.roll_back(divergence.group):
+            return  # a worker died meanwhile: the new group is on its way already
+        scale = guard.rollback_lr_factor**number
+        self._run.mark("rollback", iteration=t, step=step, lr_scale=scale, error=str(divergence.error))
+        self._tracker.log("guard", {"num_rollbacks": number, "lr_scale": scale}, iteration=t, step=step)
+        self._terminal.say(
+            f"{divergence.error}; rollback {number} of {guard.max_rollbacks}: "
+            f"iteration {t} starts over from theta_{t} with {scale:g} times the learning rate"
+        )
+
+
+class FirstAnswers:
+    """Judges the opponent of an iteration by the first `guard.num_answers` that it writes.
+
+    An answer is empty if no text is left without its special tokens. Truncated ones count only where the real answer would
+    have fitted: with a short `sampler.max_new_tokens` all may be, and nothing is wrong.
+    """
+
+    def __init__(self, config: Config, chat: ChatFormat):
+        self._guard, self._room, self._chat = config.guard, config.sampler.max_new_tokens, chat
+        self._seen: dict[tuple[int, str], list[bool]] = defaultdict(list)
+
+    def look(self, t: int, table: pa.Table, path: Path) -> dict[str, float]:
+        """Take in a block of iteration t, in `path`; returns the shares that are known from it on. Raises Diverged past a limit."""
+        guard, shares = self._guard, {}
+        limits = {"empty": guard.max_empty_share, "truncated": guard.max_truncated_share}
+        for kind, limit in limits.items():
+            seen = self._seen[t, kind]
+            if len(seen) >= guard.num_answers:
+                continue
+            seen += self._empty(table) if kind == "empty" else self._truncated(table)
+            if len(seen) < guard.num_answers:
+                continue
+            shares[f"{kind}_share"] = share = float(np.mean(seen))
+            if share > limit:
+                of = " whose real answer fits into sampler.max_new_tokens" if kind == "truncated" else ""
+                raise Diverged(
+                    f"iteration {t}: {sum(seen)} of the opponent's first {len(seen)} answers{of} are {kind}, a share of {share:.3f} "
+                    f"(guard.max_{kind}_share={limit:g}): nothing is to be learnt from them; see {path}, and theta_{t}, which wrote them"
+                )
+        return shares
+
+    def _empty(self, table: pa.Table) -> list[bool]:
+        return [not self._chat.decode(ids).strip() for ids in table.column("generated_ids").to_pylist()]
+
+    def _truncated(self, table: pa.Table) -> list[bool]:
+        rows = table.select(["real_ids", "finish_reason"]).to_pylist()
+        return [row["finish_reason"] == "length" for row in rows if len(row["real_ids"]) <= self._room]
+
+
+def check_logps(t: int, table: pa.Table, path: Path) -> None:
+    """Raise Diverged for a block in which a log-prob of the opponent is not a number."""
+    for name in ("opponent_real_logps", "opponent_generated_logps"):
+        numbers = np.isfinite(table.column(name).combine_chunks().flatten())
+        if not numbers.all():
+            raise Diverged(
+                f"iteration {t}: {np.sum(~numbers)} of {len(numbers)} {name} are not numbers; see {path}, and theta_{t}, which gave them"
+            )
+
+
+def check_nll(version: int, nll: float, sft_nll: float, config: Config, model: Path) -> None:
+    """Raise Diverged if the held-out NLL of theta_version, per token, has risen too far above the SFT model's."""
+    limit = config.guard.max_nll_rise_nats
+    if limit and not nll - sft_nll <= limit:
+        raise Diverged(
+            f"held-out NLL of theta_{version} is {nll:.3f} nats per token, {nll - sft_nll:.3f} above the SFT model's {sft_nll:.3f} "
+            f"(guard.max_nll_rise_nats={limit:g}); see {model}, and eval/real_nll_nats_per_token in metrics.jsonl; "
+            "start a new run with a smaller spin.lr, a larger spin.beta or a spin.nll_weight"
+        )
