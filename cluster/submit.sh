@@ -2,7 +2,7 @@
 # Submit a run to a running Ray cluster and follow it: cluster/submit.sh conf/demo.yaml [key=value ...]
 #
 #   RAY_API_SERVER_ADDRESS  the cluster's dashboard (default http://127.0.0.1:8265)
-#   SPIN_PYTHON             interpreter on the cluster that has spin_ray (default: this checkout's .venv)
+#   SPIN_PYTHON             interpreter that has spin_ray, at the same path here and on the cluster (default: this checkout's .venv)
 #
 # Run directories go to ./runs unless run.dir=... is given; on several nodes it must be a path that all of them see, or a URL (s3://).
 # The exit code is the job's: 0 finished, 2 bad input, 1 failed. Submit again to go on where a run stopped.

@@ -50,4 +50,5 @@ def _log_to_stderr_only() -> None:
             logger.removeHandler(old)
         logger.propagate = True
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.root.handlers[0].setLevel(logging.INFO)  # Ray Data's own loggers are at DEBUG
     logging.captureWarnings(True)

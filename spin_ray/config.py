@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from spin_ray.errors import BadInput
 
@@ -297,9 +297,13 @@ NOT_NEGATIVE = (
 )
 RESUME_MAY_CHANGE = (
     "tracking.", "run.dir", "run.scratch", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers",
-    "sampler.heartbeat_timeout_s",
+    "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.gpu", "sampler.cpus_per_replica", "sampler.max_num_seqs",
+    "sampler.request_timeout_s", "sampler.heartbeat_timeout_s", "sampler.max_restarts", "sampler.restart_window_s",
+    "learner.gpus_per_worker", "learner.cpus_per_worker", "learner.pack_tokens", "learner.activation_checkpointing",
+    "learner.checkpoint_every_steps", "learner.max_restarts", "learner.compile",
 )
-"""Keys that say where and how a run is followed, kept and given up, not what it computes."""
+"""Keys that say where and on what a run is computed, how it is followed, kept and given up: not what it computes, but for float noise.
+Not among them: what DeepSpeed's checkpoints are cut by (learner.num_workers, zero_stage, offload_optimizer)."""
 SECRET_WORDS = ("key", "secret", "token", "password", "sig", "credential")
 """A URL's query must have none of them in its names."""
 
@@ -316,10 +320,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         in_file = OmegaConf.load(path)
     except Exception as error:  # the YAML reader's errors have no common base
         raise BadInput(f"{path}: not a readable YAML file: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(in_file):
+        raise BadInput(f"{path}: a config file holds keys and values, such as run: and model:; this one holds a list")
     for override in overrides:
         if "=" not in override:
             raise BadInput(f"{override}: an override has the form key=value, for example spin.beta=0.1")
-    return _merge([(str(path), in_file), ("command line", OmegaConf.from_dotlist(list(overrides)))])
+    given = [f"{override}''" if override.endswith("=") else override for override in overrides]  # key= is the empty text
+    return _merge([(str(path), in_file), ("command line", OmegaConf.from_dotlist(given))])
 
 
 def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:
@@ -333,6 +340,8 @@ def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), *[layer for _, layer in layers])
         config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise BadInput(f"{error.full_key} is not set; give it in the file or as {error.full_key}=...") from error
     except OmegaConfBaseException as error:
         raise BadInput(f"{_one_line(error)}{_where(error, origin)}") from error
     check(config)
@@ -393,10 +402,16 @@ def check(config: Config) -> None:
             f"learner.batch_pairs={batch} does not divide by learner.num_workers={workers} "
             f"({batch} = {batch // workers} × {workers} + {batch % workers})"
         )
-    if not config.run.name or "/" in config.run.name:
+    if not 0 < config.sampler.gpu_memory_utilization <= 1:
+        raise BadInput(f"sampler.gpu_memory_utilization={config.sampler.gpu_memory_utilization}: must be in (0, 1]")
+    if config.sft.lr <= 0:
+        raise BadInput(f"sft.lr={config.sft.lr}: must be a positive number")
+    if not config.run.name or "/" in config.run.name or config.run.name in (".", ".."):
         raise BadInput(f"run.name={config.run.name!r}: must be a plain folder name")
     if config.on_object_store:
         _check_url(config.run.dir)
+    elif (scheme := config.run.dir.partition(":/")[0]) != config.run.dir and scheme.isalnum():
+        raise BadInput(f"run.dir={config.run.dir}: neither a path nor a URL; a URL begins with {scheme}://")
 
 
 def _check_url(url: str) -> None:

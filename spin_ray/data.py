@@ -23,6 +23,13 @@ from spin_ray.records import Prompt
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
+KEYS_THAT_DROP = {
+    "dropped_long_prompt": "data.max_prompt_tokens", "dropped_long_answer": "data.max_answer_tokens", "dropped_bad": "data.bad_rows",
+}
+MANY = 0.1
+"""More dropped rows than this share of all get a warning."""
+
+
 def load_prompts(source: str, config: DataConfig, chat: ChatFormat, *, seed: int, limit: int = 0) -> tuple[list[Prompt], dict[str, int]]:
     """Read and tokenise `source`; returns prompts in seeded order and the count of rows under every rule.
 
@@ -76,7 +83,11 @@ def _checkable(row: dict[str, Any]) -> str | None:
 
 def counted(source: str, counts: Mapping[str, int]) -> str:
     """One line for the user: what became of a source's rows."""
-    return f"{source}: " + ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())
+    line = f"{source}: " + ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())
+    dropped = sum(number for name, number in counts.items() if name.startswith("dropped"))
+    if dropped > MANY * counts.get("rows", 0):
+        line += f"; warning: {dropped} rows dropped, see {', '.join(KEYS_THAT_DROP[name] for name in counts if name in KEYS_THAT_DROP)}"
+    return line
 
 
 def _too_long(prompt_ids: list[int], real_ids: list[int], config: DataConfig) -> str | None:

@@ -61,7 +61,7 @@ class RunDir:
         if changed and (self.storage.exists(self.iteration(0)) or self.storage.exists(self.path / "model")):
             raise BadInput(
                 f"{self} belongs to a run with another config ({'; '.join(changed)}); "
-                "choose another run.name, or delete the directory to start over"
+                "set that back to go on, choose another run.name, or delete the directory to start over"
             )
         self.logs.mkdir(parents=True, exist_ok=True)
         if changed:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 from spin_ray.records import Prompt
+
+_CHANGES_LOGITS = (
+    "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,16 @@ def inspect_model(config: Config) -> ModelFacts:
         raise BadInput(f"model.path={path}: no *.safetensors in there; pickled weights (*.bin) may run code and are not loaded")
     if len(tokenizer) > model.vocab_size:
         raise BadInput(f"model.path={path}: the tokenizer knows {len(tokenizer)} tokens, the model only {model.vocab_size}")
+    refuse_unsupported(model, f"model.path={path}")
     chat = ChatFormat(tokenizer, name=f"model.path={path}", eos_ids=[i for i in eos_ids if i is not None])
     return ModelFacts(path, chat, getattr(model, "max_position_embeddings", None))
+
+
+def refuse_unsupported(config: Any, name: str) -> None:
+    """Raise BadInput for a model whose logits are not its output layer's product alone."""
+    for key in _CHANGES_LOGITS:
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise BadInput(f"{name}: models with {key} (here {getattr(config, key)}) are not supported by the learner yet")
 
 
 def longest_sequence(prompts: Sequence[Prompt], max_new_tokens: int, facts: ModelFacts) -> int:

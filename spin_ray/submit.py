@@ -10,14 +10,26 @@ import time
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from spin_ray.config import load_config
+from spin_ray.errors import BadInput
+
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 AGENT_TIMEOUT_S = 60.0
 
 
 async def submit(arguments: list[str]) -> int:
-    """Submit `spin_ray run` with these arguments; returns the job's exit code (1 where the job died without one)."""
+    """Submit `spin_ray run` with these arguments; returns the job's exit code (1 where the job died without one).
+
+    Raises BadInput for a config that `run` would refuse, before the cluster stores anything of it, and if there is no cluster.
+    """
+    if not arguments:
+        raise BadInput("give a config file, such as conf/demo.yaml")
+    load_config(arguments[0], arguments[1:])
     address = os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
-    client = JobSubmissionClient(address)
+    try:
+        client = JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise BadInput(f"no Ray cluster at {address}: start one with `ray start --head`, or set RAY_API_SERVER_ADDRESS") from error
     command = shlex.join([sys.executable, "-m", "spin_ray", "run", *arguments])
     entrypoint = f"cd {shlex.quote(os.getcwd())} && exec {command}"  # relative paths mean here, not Ray's working directory
     begun = time.monotonic()
@@ -42,4 +54,8 @@ async def submit(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(submit(sys.argv[1:])))
+    try:
+        sys.exit(asyncio.run(submit(sys.argv[1:])))
+    except BadInput as error:
+        print(f"submit: {error}", file=sys.stderr)
+        sys.exit(2)

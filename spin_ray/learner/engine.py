@@ -29,13 +29,11 @@ from spin_ray.learner.logps import PolicyLogps
 from spin_ray.learner.meters import ModelFlops, map_large_tensors, peak_flops, peak_memory_gib, row_use
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.losses import PairLogps
+from spin_ray.model import refuse_unsupported
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair
 
 LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-_CHANGES_LOGITS = (
-    "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
-)
 _REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
 
 
@@ -52,7 +50,7 @@ class MainPlayer:
         self.device = torch.device(hardware.device, torch.cuda.current_device() if hardware.device == "cuda" else 0)
         if hardware.device == "cpu":
             map_large_tensors()
-        _refuse_unsupported(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), model_path)
+        refuse_unsupported(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), model_path)
         self._lm = _load_model(
             model_path, dtype=getattr(torch, hardware.dtype), attn_implementation=attention.NAME, trust_remote_code=trust_remote_code,
         )
@@ -284,12 +282,6 @@ def _load_known_types(path: str, map_location: Any = None) -> Any:
     """In place of DeepSpeed's `torch.load`, which runs whatever code a file names."""
     with torch.serialization.safe_globals(_IN_CHECKPOINTS):
         return torch.load(path, map_location=map_location, weights_only=True)
-
-
-def _refuse_unsupported(config: Any, name: str) -> None:
-    for key in _CHANGES_LOGITS:
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise BadInput(f"{name}: models with {key} (here {getattr(config, key)}) are not supported by the learner yet")
 
 
 def _compile_layers(lm: torch.nn.Module) -> None:

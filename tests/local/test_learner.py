@@ -152,11 +152,11 @@ def test_every_step_says_how_it_used_the_hardware(one_worker):
 def test_models_that_change_their_logits_are_refused():
     from transformers import Gemma2Config, LlamaConfig
 
-    from spin_ray.learner.engine import _refuse_unsupported
+    from spin_ray.model import refuse_unsupported
 
-    _refuse_unsupported(LlamaConfig(), "plain")
+    refuse_unsupported(LlamaConfig(), "plain")
     with pytest.raises(BadInput, match=r"gemma: models with final_logit_softcapping \(here 30\.0\)"):
-        _refuse_unsupported(Gemma2Config(), "gemma")
+        refuse_unsupported(Gemma2Config(), "gemma")
 
 
 def test_two_workers_equal_one(one_worker, tiny_model, tmp_path):

@@ -62,12 +62,27 @@ def test_origins(minimal):
     ("run.keep_pairs_iterations=-1", "must not be negative"),
     ("model.path=''", "model.path is not set"),
     ("run.name=a/b", "plain folder name"),
+    ("run.name=..", "plain folder name"),
+    ("run.dir=s3:/bucket", "a URL begins with s3://"),
+    ("sft.lr=-1", "must be a positive number"),
+    ("sampler.gpu_memory_utilization=3", "must be in (0, 1]"),
     ("beta", "form key=value"),
 ])
 def test_bad_values_get_one_clear_line(minimal, override, message):
     with pytest.raises(BadInput) as caught:
         load_config(minimal, [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_key_without_a_value_is_the_empty_text(minimal):
+    assert load_config(minimal, ["data.eval="])[0].data.eval == ""
+
+
+@pytest.mark.parametrize("text, message", [("- a\n- b\n", "this one holds a list"), ("", "model.path is not set; give it in the file or as")])
+def test_files_that_are_no_config(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        load_config(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("url", [

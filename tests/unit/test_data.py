@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from spin_ray.chat import ChatFormat
 from spin_ray.config import DataConfig
-from spin_ray.data import load_prompts, to_messages
+from spin_ray.data import counted, load_prompts, to_messages
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 
@@ -114,6 +114,11 @@ def test_long_rows_are_counted_or_refused_never_cut(tmp_path, chat):
     assert (len(prompts), counts["dropped_long_prompt"], counts["dropped_long_answer"]) == (1, 1, 1)
     with pytest.raises(BadInput, match=r"line 2: prompt of .* tokens > data.max_prompt_tokens=40"):
         load(path, chat, max_prompt_tokens=40, long_rows="refuse")
+
+
+def test_many_dropped_rows_name_the_key():
+    assert "warning" not in counted("x", {"rows": 100, "kept": 95, "dropped_bad": 5})
+    assert counted("x", {"rows": 100, "kept": 10, "dropped_long_prompt": 90}).endswith("; warning: 90 rows dropped, see data.max_prompt_tokens")
 
 
 def test_duplicates_are_counted(tmp_path, chat):

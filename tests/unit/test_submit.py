@@ -7,6 +7,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from spin_ray import submit
+from spin_ray.errors import BadInput
 
 
 class Cluster:
@@ -45,6 +46,22 @@ def test_no_secret_of_the_environment_is_passed_on(cluster, monkeypatch):
     assert asyncio.run(submit.submit(["conf/demo.yaml", "run.name=x y"])) == 0
     assert "5ec2e7" not in repr(cluster.submitted) and cluster.submitted["runtime_env"]["env_vars"]["WANDB_MODE"] == "offline"
     assert cluster.submitted["entrypoint"].endswith("run conf/demo.yaml 'run.name=x y'")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "give a config file"), (["nope.yaml"], "no such config file"), (["conf/demo.yaml", "spin.lamda=3"], "unknown key"),
+    (["conf/demo.yaml", "run.dir=s3://KEY:5ec2e7@bucket/runs"], "credentials"),
+])
+def test_what_run_would_refuse_never_reaches_the_cluster(cluster, arguments, message):
+    with pytest.raises(BadInput, match=message) as refused:
+        asyncio.run(submit.submit(arguments))
+    assert not cluster.submitted and "5ec2e7" not in str(refused.value)
+
+
+def test_no_cluster_is_one_line(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    with pytest.raises(BadInput, match="no Ray cluster at http://127.0.0.1:9: start one"):
+        asyncio.run(submit.submit(["conf/demo.yaml"]))
 
 
 @pytest.mark.parametrize("code, expected", [(2, 2), (130, 130), (-9, 1), (None, 1)])
