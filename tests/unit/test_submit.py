@@ -60,7 +60,7 @@ def test_what_run_would_refuse_never_reaches_the_cluster(cluster, arguments, mes
 
 def test_no_cluster_is_one_line(monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
-    with pytest.raises(BadInput, match="no Ray cluster at http://127.0.0.1:9: start one"):
+    with pytest.raises(BadInput, match=r"no Ray cluster at http://127\.0\.0\.1:9: start one"):
         asyncio.run(submit.submit(["conf/demo.yaml"]))
 
 
