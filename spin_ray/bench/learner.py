@@ -65,7 +65,7 @@ def _settings(model: str, options: argparse.Namespace) -> Any:
     return Settings(
         device=options.device, dtype="bfloat16" if cuda else "float32", batch_pairs=options.batch_pairs,
         optimizer=options.optimizer or ("rmsprop" if cuda else "adamw"), lr=1e-5 if cuda else 1e-4, beta=0.1, grad_clip=1.0,
-        checkpointing=options.checkpointing or model == "zephyr-7b", pack_tokens=options.pack_tokens or (16_384 if cuda else 384),
+        checkpointing=options.checkpointing or model == "zephyr-7b", pack_tokens=options.pack_tokens or (16_384 if cuda else 256),
         trl_batch=options.trl_batch, trl_best_batch=options.trl_best_batch or (8 if cuda else 1),
     )
 

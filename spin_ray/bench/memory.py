@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure all sweeps; prints a Markdown table, draws `--picture`, and prints one JSON object as the last line."""
     parser = argparse.ArgumentParser(prog="spin-ray bench memory", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="small", help="shape of the model; its vocabulary is replaced")
-    parser.add_argument("--pack-tokens", type=int, default=384)
+    parser.add_argument("--pack-tokens", type=int, default=256)
     parser.add_argument("--points", type=int, default=99, help="only the first points of every sweep")
     parser.add_argument("--picture", type=Path, help="PNG to draw, for example docs/learner_memory.png")
     options = parser.parse_args(argv)

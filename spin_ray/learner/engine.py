@@ -26,7 +26,7 @@ from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput
 from spin_ray.learner import attention
 from spin_ray.learner.logps import PolicyLogps
-from spin_ray.learner.meters import ModelFlops, map_large_tensors, peak_flops, peak_memory_gib, row_use
+from spin_ray.learner.meters import ModelFlops, peak_flops, peak_memory_gib, row_use
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.losses import PairLogps
 from spin_ray.model import refuse_unsupported
@@ -48,8 +48,6 @@ class MainPlayer:
         self.model_path = model_path
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(hardware.device, torch.cuda.current_device() if hardware.device == "cuda" else 0)
-        if hardware.device == "cpu":
-            map_large_tensors()
         refuse_unsupported(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), model_path)
         self._lm = _load_model(
             model_path, dtype=getattr(torch, hardware.dtype), attn_implementation=attention.NAME, trust_remote_code=trust_remote_code,

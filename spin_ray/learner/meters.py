@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import time
 from collections.abc import Sequence
@@ -77,19 +76,6 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-MAPPED_BYTES = 256 * 2**10
-
-
-def map_large_tensors() -> None:
-    """Have glibc map every tensor of `MAPPED_BYTES` and more by itself, so that the system gets it back when it is freed.
-
-    Else rows of ever different lengths leave holes in the heap that no later row fits into: 100 MiB of them, for the bench's model.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # another C library decides for itself
-        libc.mallopt(ctypes.c_int(-3), ctypes.c_int(MAPPED_BYTES))  # -3: M_MMAP_THRESHOLD of malloc.h
 
 
 def row_use(plan: list[list[list[int]]], lengths: Sequence[int], *, pack_tokens: int) -> dict[str, Any]:
