@@ -63,18 +63,25 @@ def write_table(path: Path, table: pa.Table, storage: Disk = DISK) -> None:
 
 def read_prompts(path: Path, storage: Disk = DISK) -> list[Prompt]:
     """The prompts of a file that `write_table` wrote. Raises BadInput naming it if it is damaged."""
+    storage.fetch(path)
     return from_table(_read_table(path, storage, PROMPT_SCHEMA, "these prompts are damaged", "the file must be put back"), Prompt)
 
 
 def read_pairs(path: Path, storage: Disk = DISK) -> pa.Table:
     """The pairs of a block. Raises BadInput naming the file if its bytes are not those that were written."""
+    storage.fetch(path)
+    return _read_pairs(path, storage)
+
+
+def _read_pairs(path: Path, storage: Disk) -> pa.Table:
     remedy = "one of the present iteration is played again by itself, one of an earlier iteration must be put back"
     return _read_table(path, storage, PAIR_SCHEMA, "this block of pairs is damaged", remedy)
 
 
 def _read_table(path: Path, storage: Disk, schema: pa.Schema, complaint: str, remedy: str) -> pa.Table:
+    """A file that has been fetched."""
     try:
-        return pq.read_table(storage.fetch(path), schema=schema, page_checksum_verification=True)
+        return pq.read_table(path, schema=schema, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise BadInput(f"{storage.name(path)}: {complaint} ({str(error).splitlines()[0]}); {remedy}") from error
 
@@ -84,7 +91,7 @@ def pairs_on_disk(path: Path, storage: Disk = DISK) -> pa.Table | None:
     if not storage.fetch(path).exists():
         return None
     try:
-        return read_pairs(path, storage)
+        return _read_pairs(path, storage)
     except BadInput as error:
         logging.getLogger(__name__).warning("%s", error)
         return None
