@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="spin-ray bench slope", description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--weights-mib", type=float, default=16.0, help="what each simulated version's weights take")
+    parser.add_argument("--weights-mib", type=float, default=40.0,
+                        help="what each simulated version's weights take; more than malloc keeps for itself once freed (32)")
     parser.add_argument("--real", action="store_true", help="the demo's model in vLLM and DeepSpeed")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="spin-ray-bench-") as folder:
