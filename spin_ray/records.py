@@ -5,6 +5,7 @@ Version t is the model theta_t of the paper: version 0 is the SFT model, version
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,9 +165,12 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 def from_table(table: pa.Table, record: type) -> list[Any]:
     """The inverse of `to_table`; the arrays are views of the table's memory."""
-    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-    return [record(**{name: _value(column[i]) for name, column in columns.items()}) for i in range(len(table))]
+    columns = [_values(table.column(name).combine_chunks()) for name in table.column_names]
+    return [record(**dict(zip(table.column_names, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
-def _value(cell: pa.Scalar) -> Any:
-    return cell.values.to_numpy(zero_copy_only=False) if isinstance(cell, pa.ListScalar) else cell.as_py()
+def _values(column: pa.Array) -> list[Any]:
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    numbers, ends = column.values.to_numpy(zero_copy_only=False), column.offsets.to_pylist()
+    return [numbers[begin:end] for begin, end in itertools.pairwise(ends)]

@@ -170,11 +170,11 @@ async def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     written = await asyncio.to_thread(read_pairs, plan.run.pairs(block.iteration - 1, "block", block.index), plan.run.storage)
     pairs: list[Pair] = from_table(written, Pair)
     questions = [pair.prompt_ids for pair in pairs]
-    scores: list[Sequence[np.ndarray]] = [[_NOT_SCORED] * len(pairs)] * 2
+    scores: Sequence[Sequence[np.ndarray]] = [[_NOT_SCORED] * len(pairs)] * 2
     if plan.score:
-        real = plan.pool.score.remote(block.version, questions, [pair.real_ids for pair in pairs], PLAY, block.place)
-        generated = plan.pool.score.remote(block.version, questions, [pair.generated_ids for pair in pairs], PLAY, block.place)
-        scores = await asyncio.gather(real, generated)
+        answers = [pair.real_ids for pair in pairs] + [pair.generated_ids for pair in pairs]
+        logps = await plan.pool.score.remote(block.version, 2 * questions, answers, PLAY, block.place)
+        scores = logps[: len(pairs)], logps[len(pairs) :]
     return [
         replace(
             pair, iteration=block.iteration, scored_version=block.version.number, scored_steps_early=0,

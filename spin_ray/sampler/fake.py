@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+import spin_ray.exchange.weights  # noqa: F401
 from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
 
 
 class FakeSampler:
     """Has the verbs of `Sampler`. Works at a fixed rate, as one engine does that is kept full: twice the prompts, twice the time.
+    Answers are drawn one request after the other; scores are prefills, which an engine puts between the tokens that it draws.
 
     An answer depends on its prompt alone (as greedy ones do): its tokens are a hash of it. `fail_after` prompts it raises,
     or with `dies` ends its process. `hang_after` prompts its engine answers and loads nothing more; with `mute` its process
@@ -70,8 +72,9 @@ class FakeSampler:
                 os._exit(1)
             raise EngineFailed(f"engine failed after {self._fail_after} prompts")
         await self._hang_if_due()
-        self._free_at = max(self._free_at, time.monotonic()) + count * self._seconds[verb]
-        await asyncio.sleep(self._free_at - time.monotonic())
+        now, seconds = time.monotonic(), count * self._seconds[verb]
+        self._free_at = max(self._free_at, now) + seconds
+        await asyncio.sleep(seconds if verb == "score" else self._free_at - now)
 
     async def _hang_if_due(self) -> None:
         if self.num_prompts > self._hang_after:

@@ -127,6 +127,8 @@ class _Replica:
     """Counts its processes: what one of them owed says nothing about the next."""
     outstanding: int = 0
     """Prompts that it has not yet answered."""
+    outstanding_tokens: int = 0
+    """Tokens that it may still draw for them: an answer that is only scored costs it next to nothing beside one that it writes."""
     loading: bool = False
 
     @property
@@ -142,6 +144,9 @@ class _Work:
     rank: tuple[int, int]
     """(urgency, order): what is smaller goes first."""
     size: int
+    """Prompts."""
+    tokens: int
+    """Tokens that these take at most: one for each that is only scored."""
     call: Callable[[Any], Any]
     """(sampler handle) -> reference to the list of answers."""
     answers: asyncio.Future = field(compare=False)
@@ -186,15 +191,19 @@ class SamplerPool:
         self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings, urgency: int = PLAY, order: int = 0
     ) -> list[Completion]:
         """One answer per prompt, in the prompts' order."""
-        rank = urgency, order
-        return await self._ask(version, rank, len(prompts), lambda part: lambda s: s.sample.remote(version, prompts[part], settings))
+        return await self._ask(
+            version, (urgency, order), len(prompts), lambda part: lambda s: s.sample.remote(version, prompts[part], settings),
+            tokens_each=settings.max_new_tokens,
+        )
 
     async def score(
         self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], urgency: int = PLAY, order: int = 0
     ) -> list[np.ndarray]:
         """Log-probs of each given answer, [num_answer_tokens], in nats."""
-        rank = urgency, order
-        return await self._ask(version, rank, len(prompts), lambda part: lambda s: s.score.remote(version, prompts[part], answers[part]))
+        return await self._ask(
+            version, (urgency, order), len(prompts), lambda part: lambda s: s.score.remote(version, prompts[part], answers[part]),
+            tokens_each=1,
+        )
 
     async def load(self, weights: PublishedWeights) -> list[float]:
         """Once the present version owes no answer, every replica loads the new one; returns each one's seconds.
@@ -236,12 +245,13 @@ class SamplerPool:
         return spans
 
     async def _ask(
-        self, version: Version, rank: tuple[int, int], count: int, call_of: Callable[[slice], Callable[[Any], Any]]
+        self, version: Version, rank: tuple[int, int], count: int, call_of: Callable[[slice], Callable[[Any], Any]], *, tokens_each: int
     ) -> list[Any]:
-        parts = [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-        works = [
-            _Work(version, rank, part.stop - part.start, call_of(part), asyncio.get_running_loop().create_future()) for part in parts
-        ]
+        works = []
+        for start in range(0, count, CHUNK):
+            size = min(CHUNK, count - start)
+            answers = asyncio.get_running_loop().create_future()
+            works.append(_Work(version, rank, size, size * tokens_each, call_of(slice(start, start + size)), answers))
         for work in works:
             heapq.heappush(self._waiting, (rank, next(self._arrivals), work))
         self._dispatch()
@@ -263,6 +273,7 @@ class SamplerPool:
                 work.answers.set_exception(self._lost)  # nobody has the present weights, and nobody can get them
             elif replica := self._least_loaded():
                 replica.outstanding += work.size
+                replica.outstanding_tokens += work.tokens
                 self._spawn(self._answer(replica, work))
             else:
                 kept.append(entry)
@@ -275,7 +286,7 @@ class SamplerPool:
 
     def _least_loaded(self) -> _Replica | None:
         free = [r for r in self._replicas if r.joined and r.version == self._version and r.outstanding < self._limits.room + CHUNK]
-        return min(free, key=lambda replica: replica.outstanding, default=None)
+        return min(free, key=lambda replica: (replica.outstanding_tokens, replica.outstanding), default=None)
 
     async def _answer(self, replica: _Replica, work: _Work) -> None:
         begin, life = time.time(), replica.lives
@@ -287,6 +298,7 @@ class SamplerPool:
         except Exception as error:  # the request's own fault; it reaches whoever asked
             work.answers.set_exception(error)
         replica.outstanding -= work.size
+        replica.outstanding_tokens -= work.tokens
         self._spans.append(Span(replica.name, _ACTIVITY[work.rank[0]], work.version.number, begin, time.time()))
         await self._note_change()
 
