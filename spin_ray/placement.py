@@ -36,7 +36,7 @@ class Hardware:
     """Enough to keep every engine full twice over: a finished block takes a moment to be replaced."""
     torch_backend: str
     """Collectives of the learner's workers."""
-    logits_elements: int = 8 * 2**20
+    logits_elements: int = 12 * 2**20
     """Logits that the learner's output layer holds at a time: small keeps a CPU's memory low, large keeps a GPU busy."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the vLLM engine."""
@@ -76,7 +76,7 @@ def choose_hardware(config: Config, total: Mapping[str, float], *, samplers: boo
     return Hardware(
         device="cuda" if learner_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
         audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not learner_gpus, blocks_in_flight=blocks_in_flight,
-        torch_backend="nccl" if learner_gpus else "gloo", logits_elements=(256 if learner_gpus else 8) * 2**20,
+        torch_backend="nccl" if learner_gpus else "gloo", logits_elements=(256 if learner_gpus else 12) * 2**20,
         engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
         sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},
         learner_env={} if learner_gpus else {"DS_ACCELERATOR": "cpu"},

@@ -172,5 +172,5 @@ def from_table(table: pa.Table, record: type) -> list[Any]:
 def _values(column: pa.Array) -> list[Any]:
     if not pa.types.is_list(column.type):
         return column.to_pylist()
-    numbers, ends = column.values.to_numpy(zero_copy_only=False), column.offsets.to_pylist()
+    numbers, ends = np.from_dlpack(column.values), column.offsets.to_pylist()  # `to_numpy` would import pandas
     return [numbers[begin:end] for begin, end in itertools.pairwise(ends)]

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from spin_ray.bench.workload import load_pairs
+from spin_ray.learner.meters import peak_resident_gib
 from spin_ray.losses import PairLogps, spin_loss
 from spin_ray.records import Pair, opponent_reference
 
@@ -74,9 +75,7 @@ class Turns:
         """Peak of the whole process: resident memory with all imports on the CPU, memory held by torch on a GPU."""
         if self._cuda:
             return torch.cuda.max_memory_reserved() / 2**30
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_resident_gib()
 
 
 def ours(folder: Path, settings: Settings, batches: list[list[Pair]], turns: Turns) -> None:

@@ -65,7 +65,7 @@ def _settings(model: str, options: argparse.Namespace) -> Any:
     return Settings(
         device=options.device, dtype="bfloat16" if cuda else "float32", batch_pairs=options.batch_pairs,
         optimizer=options.optimizer or ("rmsprop" if cuda else "adamw"), lr=1e-5 if cuda else 1e-4, beta=0.1, grad_clip=1.0,
-        checkpointing=options.checkpointing or model == "zephyr-7b", pack_tokens=options.pack_tokens or (16_384 if cuda else 256),
+        checkpointing=options.checkpointing or model == "zephyr-7b", pack_tokens=options.pack_tokens or (16_384 if cuda else 448),
         trl_batch=options.trl_batch, trl_best_batch=options.trl_best_batch or (8 if cuda else 1),
     )
 
@@ -109,18 +109,18 @@ def take_turns(folder: Path, names: list[str], num_steps: int, device: str) -> d
         **os.environ, "HF_HUB_OFFLINE": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0", "TOKENIZERS_PARALLELISM": "false", **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}),
     }
-    processes = {}
-    for name in names:
-        with (folder / f"{name}.log").open("w") as log:
-            processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "spin_ray.bench.contestants", str(folder), name], env=env, text=True, bufsize=1,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            )
+    processes: dict[str, subprocess.Popen[str]] = {}
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     try:
         for number in range(num_steps):
-            for name, process in processes.items():
-                steps[name].append(_one_step(process, name, folder))
+            for name in names:
+                if number == 0:  # each starts up alone: one measures what the device can do
+                    with (folder / f"{name}.log").open("w") as log:
+                        processes[name] = subprocess.Popen(
+                            [sys.executable, "-m", "spin_ray.bench.contestants", str(folder), name], env=env, text=True, bufsize=1,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                        )
+                steps[name].append(_one_step(processes[name], name, folder))
                 print(f"{name:9} step {number}  {steps[name][-1]['seconds']:8.2f} s  loss {steps[name][-1]['loss']:.6f}", file=sys.stderr)
     finally:
         for process in processes.values():

@@ -99,4 +99,5 @@ def save_pairs(path: Path, pairs: Sequence[Pair]) -> None:
 
 
 def load_pairs(path: Path) -> list[Pair]:
-    return from_table(pq.read_table(path), Pair)
+    with pq.ParquetFile(path) as file:
+        return from_table(file.read(use_threads=False), Pair)

@@ -57,17 +57,17 @@ class MainPlayer:
         if config.activation_checkpointing or self._lm.supports_gradient_checkpointing:
             self._lm.gradient_checkpointing_enable()  # _checkpoint decides, row by row
         self._flops, self._peak_flops = ModelFlops.of(self._lm), peak_flops(self.device, self._lm.dtype)
-        policy = PolicyLogps(self._lm, chunk_elements=hardware.logits_elements)
+        # Without ZeRO or bf16, DeepSpeed steps the bare optimizer: it waits for no gradient, and reports no norm of it.
+        self._bare = config.zero_stage == 0 and hardware.dtype == "float32"
+        policy = PolicyLogps(self._lm, chunk_elements=hardware.logits_elements, accumulate=self._bare)
         if config.compile:
             _compile_layers(self._lm)
         optimizer = _optimizer(config, policy.parameters())
         self._grad_norm = 0.0
-        # Without ZeRO or bf16, DeepSpeed steps the bare optimizer and reports no gradient norm: clip just before that step.
-        self._clips_itself = config.zero_stage == 0 and hardware.dtype == "float32"
-        if self._clips_itself:
+        if self._bare:
             optimizer.register_step_pre_hook(self._clip)
         self._engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, config=_deepspeed_config(config, hardware, clips_itself=self._clips_itself)
+            model=policy, optimizer=optimizer, config=_deepspeed_config(config, hardware, clips_itself=self._bare)
         )
         if config.zero_stage == 0 and self.world_size == 1:
             self._engine.enable_backward_allreduce = False  # with itself; it would copy all gradients into one tensor
@@ -130,7 +130,7 @@ class MainPlayer:
         totals = torch.stack(list(sums.values())).to(torch.float64)
         dist.all_reduce(totals)
         means = {name: total / len(pairs) for name, total in zip(sums, totals.tolist(), strict=True)}
-        grad_norm = self._grad_norm if self._clips_itself else self._engine.get_global_grad_norm()
+        grad_norm = self._grad_norm if self._bare else self._engine.get_global_grad_norm()
         achieved = self._flops.step(pairs, share_prompt=self._hardware.share_prompt) / (time.perf_counter() - begun)
         return {
             **means, "grad_norm": float(grad_norm), "num_tokens": sum(lengths), "mfu": achieved / (self.world_size * self._peak_flops),

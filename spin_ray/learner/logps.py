@@ -8,6 +8,7 @@ backward pass begins, the last one, is not computed again. With no more answer t
 
 The gradient of the weight [V, D] is as large as any tensor here, so there is one of it, kept from pass to pass: where
 input embedding and output layer are tied, the embedding's backward pass adds its few rows to what the head's left there.
+With `accumulate` it is `weight.grad` itself; autograd, which would add a second tensor to that in every pass, is given none.
 
 Memory: one chunk of logits and one [V, D], whatever the batch. Shapes: A answer tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
@@ -22,8 +23,8 @@ from torch import nn
 
 from spin_ray.learner.packing import Packed
 
-CHUNK_ELEMENTS = 8 * 2**20
-"""Logits held at a time: 32 MiB in float32."""
+CHUNK_ELEMENTS = 12 * 2**20
+"""Logits held at a time: 48 MiB in float32."""
 SMALLEST = 1e-30
 """A softmax below this is near underflow (float32 ends at 1e-38): its logarithm is computed from the logits instead."""
 
@@ -32,7 +33,7 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scratch: _Scratch, chunk: int, train: bool,
-        embedding_grad: list[torch.Tensor] | None,
+        accumulate: bool, embedding_grad: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         buffer = scratch.take_logits(min(chunk, len(targets)), weight)
         logps = hidden.new_empty(len(targets), dtype=buffer.dtype)
@@ -44,7 +45,7 @@ class _ChunkedLogps(torch.autograd.Function):
                 torch.mm(softmax, weight, out=unit_grads[part])
         if train:
             ctx.save_for_backward(hidden, weight, targets, unit_grads)
-            ctx.scratch, ctx.chunk, ctx.embedding_grad = scratch, chunk, embedding_grad
+            ctx.scratch, ctx.chunk, ctx.accumulate, ctx.embedding_grad = scratch, chunk, accumulate, embedding_grad
             ctx.held = (buffer, softmax)  # for one backward pass: it writes over it
         else:
             scratch.give_back(buffer)
@@ -57,24 +58,27 @@ class _ChunkedLogps(torch.autograd.Function):
         ctx.held = None
         scale = -grad[:, None]
         scaled = (hidden * scale).to(weight.dtype)
-        total = None
-        for part in reversed(_parts(len(targets), ctx.chunk)) if ctx.needs_input_grad[1] else ():
-            if softmax is None:
-                softmax = _softmax_less_onehot(hidden[part], weight, targets[part], buffer)
-            first = total is None
-            total = ctx.scratch.weight_grad(weight) if first else total
-            if weight.dtype == total.dtype:
-                total.addmm_(softmax.T, scaled[part], beta=0.0 if first else 1.0)
-            else:  # many chunks add up here: never in half precision
-                product = softmax.T @ scaled[part]
-                total.copy_(product) if first else total.add_(product)
-            softmax = None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            empty = weight.grad is None or not ctx.accumulate
+            total = ctx.scratch.weight_grad(weight) if empty else weight.grad
+            for part in reversed(_parts(len(targets), ctx.chunk)):
+                if softmax is None:
+                    softmax = _softmax_less_onehot(hidden[part], weight, targets[part], buffer)
+                if weight.dtype == total.dtype:
+                    total.addmm_(softmax.T, scaled[part], beta=0.0 if empty else 1.0)
+                else:  # many chunks add up here: never in half precision
+                    product = softmax.T @ scaled[part]
+                    total.copy_(product) if empty else total.add_(product)
+                softmax, empty = None, False
+            if ctx.accumulate:
+                weight.grad = total
+            elif ctx.embedding_grad is None:
+                grad_weight = total.to(weight.dtype)
+            if ctx.embedding_grad is not None:
+                ctx.embedding_grad.append(total)  # the embedding's backward pass comes later, and adds its rows
         ctx.scratch.give_back(buffer)
-        if total is not None and ctx.embedding_grad is not None:
-            ctx.embedding_grad.append(total)  # the embedding's backward pass comes later, and hands the sum of both on
-            total = None
-        grad_weight = None if total is None else total.to(weight.dtype)
-        return (unit_grads * scale).to(hidden.dtype), grad_weight, None, None, None, None, None
+        return (unit_grads * scale).to(hidden.dtype), grad_weight, None, None, None, None, None, None
 
 
 class _Scratch:
@@ -108,9 +112,11 @@ class _Lookup(torch.autograd.Function):
     """Rows of a tied embedding. The output layer's backward pass, which comes first, leaves the weight's gradient in `head_grad`."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, padding_idx: int | None, head_grad: list[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        ctx: Any, weight: torch.Tensor, ids: torch.Tensor, padding_idx: int | None, accumulate: bool, head_grad: list[torch.Tensor]
+    ) -> torch.Tensor:
         ctx.save_for_backward(ids)
-        ctx.padding_idx, ctx.head_grad, ctx.dtype = padding_idx, head_grad, weight.dtype
+        ctx.padding_idx, ctx.accumulate, ctx.head_grad, ctx.dtype = padding_idx, accumulate, head_grad, weight.dtype
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -119,7 +125,7 @@ class _Lookup(torch.autograd.Function):
         if ctx.padding_idx is not None:  # which nn.Embedding does not train
             grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0.0)
         total.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(total.dtype))
-        return total.to(ctx.dtype), None, None, None
+        return None if ctx.accumulate else total.to(ctx.dtype), None, None, None, None
 
 
 def _softmax_less_onehot(
@@ -150,9 +156,10 @@ def _parts(total: int, chunk: int) -> list[slice]:
 class LogpHead(nn.Module):
     """An output layer that answers with log-probs of given tokens instead of logits; shares the layer's weight [V, D]."""
 
-    def __init__(self, linear: nn.Linear, *, chunk_elements: int | None = None):
+    def __init__(self, linear: nn.Linear, *, chunk_elements: int | None = None, accumulate: bool = False):
         super().__init__()
         self.weight = linear.weight
+        self.accumulate = accumulate
         self._chunk_elements = chunk_elements or CHUNK_ELEMENTS
         self._scratch = _Scratch()
         self.embedding_grad: list[torch.Tensor] | None = None
@@ -161,7 +168,8 @@ class LogpHead(nn.Module):
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """hidden [A, D], targets [A] -> log p of each target, [A], float32 (float64 for a float64 model), in nats."""
         chunk = max(1, self._chunk_elements // self.weight.shape[0])
-        return _ChunkedLogps.apply(hidden, self.weight, targets, self._scratch, chunk, torch.is_grad_enabled(), self.embedding_grad)
+        train = torch.is_grad_enabled()
+        return _ChunkedLogps.apply(hidden, self.weight, targets, self._scratch, chunk, train, self.accumulate, self.embedding_grad)
 
 
 class TiedEmbedding(nn.Module):
@@ -176,15 +184,19 @@ class TiedEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] -> rows of the weight, [..., D]."""
         self._head[0].embedding_grad = head_grad = []
-        return _Lookup.apply(self.weight, ids, self._padding_idx, head_grad)
+        return _Lookup.apply(self.weight, ids, self._padding_idx, self._head[0].accumulate, head_grad)
 
 
 class PolicyLogps(nn.Module):
-    """A causal language model as the function SPIN needs: a packed row -> log-probs of its answer tokens."""
+    """A causal language model as the function SPIN needs: a packed row -> log-probs of its answer tokens.
 
-    def __init__(self, lm: nn.Module, *, chunk_elements: int | None = None):
+    `accumulate`: the output layer's gradient goes into `weight.grad` past autograd: only for float32 and float64, and only
+    where nothing waits for autograd to announce it, as ZeRO does.
+    """
+
+    def __init__(self, lm: nn.Module, *, chunk_elements: int | None = None, accumulate: bool = False):
         super().__init__()
-        lm.lm_head = LogpHead(lm.lm_head, chunk_elements=chunk_elements)
+        lm.lm_head = LogpHead(lm.lm_head, chunk_elements=chunk_elements, accumulate=accumulate)
         embedding = lm.get_input_embeddings()
         if embedding.weight is lm.lm_head.weight and type(embedding) is nn.Embedding:  # a subclass may scale what it looks up
             lm.set_input_embeddings(TiedEmbedding(embedding, lm.lm_head))

@@ -66,10 +66,12 @@ def gradients(model: torch.nn.Module, sums: torch.Tensor) -> dict[str, torch.Ten
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("share_prompt", [True, False])
-def test_packed_equals_padded_equals_one_at_a_time(tied, share_prompt, monkeypatch):
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_packed_equals_padded_equals_one_at_a_time(tied, share_prompt, accumulate, monkeypatch):
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 150)  # chunks of 3 tokens
     pairs = [pair(5, 4, 7), pair(1, 1, 1), pair(3, 9, 2), pair(8, 1, 6)]
-    reference, policy = tiny(tied=tied, implementation="sdpa"), PolicyLogps(tiny(tied=tied, implementation=attention.NAME))
+    reference = tiny(tied=tied, implementation="sdpa")
+    policy = PolicyLogps(tiny(tied=tied, implementation=attention.NAME), accumulate=accumulate)
     plain, padded, ours = plain_sums(reference, pairs), padded_sums(reference, pairs), packed_sums(policy, pairs, share_prompt=share_prompt)
     torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours, padded, rtol=1e-10, atol=1e-10)
@@ -82,7 +84,8 @@ def test_packed_equals_padded_equals_one_at_a_time(tied, share_prompt, monkeypat
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_two_rows_in_one_backward_pass_and_padding_in_a_row(tied):
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_two_rows_in_one_backward_pass_and_padding_in_a_row(tied, accumulate):
     """The kept tensor of the weight's gradient serves one row at a time; a tied embedding leaves its padding row to the head."""
     def model(implementation):
         lm = tiny(tied=tied, implementation=implementation)
@@ -91,7 +94,7 @@ def test_two_rows_in_one_backward_pass_and_padding_in_a_row(tied):
 
     pairs = [pair(5, 4, 7), pair(3, 9, 2), pair(8, 1, 6)]
     pairs[1].prompt_ids[1] = 7
-    reference, policy = model("sdpa"), PolicyLogps(model(attention.NAME))
+    reference, policy = model("sdpa"), PolicyLogps(model(attention.NAME), accumulate=accumulate)
     expected = gradients(reference, plain_sums(reference, pairs))
     found = gradients(policy, torch.cat([packed_sums(policy, [one], share_prompt=False) for one in pairs]))
     for name in expected:
@@ -141,7 +144,8 @@ def test_head_matches_log_softmax_and_its_gradient(monkeypatch):
     torch.manual_seed(0)
     linear = torch.nn.Linear(6, 20, bias=False, dtype=torch.float64)
     hidden, targets = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randint(20, (11,))
-    assert torch.autograd.gradcheck(lambda h, w: logps._ChunkedLogps.apply(h, w, targets, logps._Scratch(), 3, True, None), (hidden, linear.weight))
+    head = lambda h, w: logps._ChunkedLogps.apply(h, w, targets, logps._Scratch(), 3, True, False, None)  # noqa: E731
+    assert torch.autograd.gradcheck(head, (hidden, linear.weight))
     full = torch.log_softmax(linear(hidden), -1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(LogpHead(linear)(hidden, targets), full)
 
