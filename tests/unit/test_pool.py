@@ -96,6 +96,18 @@ def test_a_slow_replica_gets_less():
     run(scenario)
 
 
+def test_replicas_share_what_is_to_be_written_whatever_they_score():
+    """Beside an answer that a replica writes, one that it only scores is no load."""
+    async def scenario():
+        samplers = [FakeSampler(THETA_0, prompts_per_s=1000, scores_per_s=1000) for _ in range(2)]
+        pool = await started(*samplers)
+        requests = [pool.score(THETA_0, prompts(CHUNK), prompts(CHUNK))] + [pool.sample(THETA_0, prompts(4), SETTINGS) for _ in range(4)]
+        await asyncio.gather(*requests)
+        assert sorted(sampler.num_prompts for sampler in samplers) == [8, 8 + CHUNK]
+
+    run(scenario)
+
+
 def test_requests_of_a_later_version_wait_until_it_is_loaded_and_released():
     async def scenario():
         pool = await started(FakeSampler(THETA_0))
