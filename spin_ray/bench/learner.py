@@ -105,21 +105,13 @@ def _result(steps: list[dict[str, float]], batches: list[list[Any]]) -> dict[str
 
 
 def take_turns(folder: Path, names: list[str], num_steps: int, device: str) -> dict[str, list[dict[str, float]]]:
-    env = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0", "TOKENIZERS_PARALLELISM": "false", **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}),
-    }
     processes: dict[str, subprocess.Popen[str]] = {}
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     try:
         for number in range(num_steps):
             for name in names:
-                if number == 0:  # each starts up alone: one measures what the device can do
-                    with (folder / f"{name}.log").open("w") as log:
-                        processes[name] = subprocess.Popen(
-                            [sys.executable, "-m", "spin_ray.bench.contestants", str(folder), name], env=env, text=True, bufsize=1,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                        )
+                if name not in processes:  # each starts up alone: ours measures what the device can do
+                    processes[name] = _start(folder, name, device)
                 steps[name].append(_one_step(processes[name], name, folder))
                 print(f"{name:9} step {number}  {steps[name][-1]['seconds']:8.2f} s  loss {steps[name][-1]['loss']:.6f}", file=sys.stderr)
     finally:
@@ -128,6 +120,18 @@ def take_turns(folder: Path, names: list[str], num_steps: int, device: str) -> d
             process.kill()
             process.wait()
     return steps
+
+
+def _start(folder: Path, name: str, device: str) -> subprocess.Popen[str]:
+    env = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0", "TOKENIZERS_PARALLELISM": "false", **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}),
+    }
+    with (folder / f"{name}.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "spin_ray.bench.contestants", str(folder), name], env=env, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+        )
 
 
 def _one_step(process: subprocess.Popen[str], name: str, folder: Path) -> dict[str, float]:

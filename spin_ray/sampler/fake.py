@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-import spin_ray.exchange.weights  # noqa: F401
+import spin_ray.exchange.weights  # noqa: F401 - buckets are of its type: torch is loaded at the start, as in a real sampler
 from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
 

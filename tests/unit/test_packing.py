@@ -144,7 +144,10 @@ def test_head_matches_log_softmax_and_its_gradient(monkeypatch):
     torch.manual_seed(0)
     linear = torch.nn.Linear(6, 20, bias=False, dtype=torch.float64)
     hidden, targets = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randint(20, (11,))
-    head = lambda h, w: logps._ChunkedLogps.apply(h, w, targets, logps._Scratch(), 3, True, False, None)  # noqa: E731
+
+    def head(hidden, weight):
+        return logps._ChunkedLogps.apply(hidden, weight, targets, logps._Scratch(), 3, True, False, None)
+
     assert torch.autograd.gradcheck(head, (hidden, linear.weight))
     full = torch.log_softmax(linear(hidden), -1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(LogpHead(linear)(hidden, targets), full)
