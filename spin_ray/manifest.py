@@ -77,14 +77,18 @@ class RunDir:
         Raises BadInput, naming it, if another one has it. Removes what a killed process left half-written.
         """
         with held(self.storage, self.path / "lock"):
-            for leftover in self.path.rglob(".*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self._remove_half_written()
             for name in ("manifest.jsonl", "wandb_id"):
                 self.storage.fetch(self.path / name)
             for name in _APPENDED:
                 self.storage.fetch_longer(self.path / name)
             with every(UPLOAD_S, self._publish_followed):
                 yield
+            self._remove_half_written()  # by processes that died on the way and were replaced
+
+    def _remove_half_written(self) -> None:
+        for leftover in self.path.rglob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _publish_followed(self) -> None:
         for name in (*_APPENDED, *_DRAWN):

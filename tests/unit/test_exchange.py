@@ -114,6 +114,8 @@ def test_only_one_process_works_on_a_run_and_leftovers_are_removed(tmp_path):
             pass
         with pytest.raises(BadInput, match="another process is working on this run"):
             RunDir.open(config(tmp_path, seed=1), "run")  # nor may it put its config in place of the owner's
+        (run.path / ".block_00004.parquet.17.tmp").touch()  # of a process that died while the run went on
+    assert not (run.path / ".block_00004.parquet.17.tmp").exists()
     with run.locked():
         pass
 
