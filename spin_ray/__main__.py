@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import os
 import sys
@@ -10,12 +12,14 @@ from collections.abc import Callable, Sequence
 
 from spin_ray.config import Config, flatten, load_config
 from spin_ray.errors import BadInput, RunStopped
+from spin_ray.imports import without_gc
 from spin_ray.interrupt import Interrupted
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    atexit.register(gc.freeze)  # the interpreter's last collection would walk through all libraries once more, for a second
     parser = argparse.ArgumentParser(prog="spin-ray", description="Self-play fine-tuning (SPIN) as one Ray job.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (function, help_text) in COMMANDS.items():
@@ -66,7 +70,8 @@ def _cause(error: Exception) -> BaseException:
 
 
 def _run(config: Config, origin: dict[str, str]) -> None:
-    from spin_ray.selfplay import run_spin
+    with without_gc():
+        from spin_ray.selfplay import run_spin
 
     run_spin(config)
 

@@ -11,6 +11,7 @@ from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
+from spin_ray.imports import without_gc
 from spin_ray.records import Prompt
 
 _CHANGES_LOGITS = (
@@ -29,7 +30,8 @@ class ModelFacts:
 
 def inspect_model(config: Config) -> ModelFacts:
     """Read tokenizer and config, not the weights. Raises BadInput in one line for whatever does not fit."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    with without_gc():
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     path, trust = resolve(config.model.path), config.model.trust_remote_code
     try:

@@ -87,7 +87,7 @@ class Coordinator:
         self._changed = asyncio.Condition()
 
     async def post(self, command: Any) -> int:
-        """Queue a command for all workers; returns its number."""
+        """Queue a command for all workers; returns its number. It comes as a block does: a loss function would bring torch along."""
         async with self._changed:
             number, self._num_commands = self._num_commands, self._num_commands + 1
             self._commands[number] = command

@@ -22,6 +22,7 @@ import ray
 from spin_ray.chatter import redirect_output
 from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput, Diverged, RunStopped
+from spin_ray.imports import without_gc
 from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
 from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, unwrapped
@@ -58,7 +59,8 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     import torch
 
     os.environ.update(args.hardware.learner_env)
-    from spin_ray.learner.engine import MainPlayer  # DeepSpeed reads the environment when it is imported
+    with without_gc():
+        from spin_ray.learner.engine import MainPlayer  # DeepSpeed reads the environment when it is imported
 
     torch.manual_seed(args.seed)
     if args.hardware.device == "cuda":
@@ -84,7 +86,7 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
     try:
         joined = _join(args.coordinator)
         worker, number = Worker(args.make_player(args, joined.base), args, joined), joined.base.first_command
-        while not isinstance(command := unwrapped(args.coordinator.command.remote(number)), Stop):
+        while not isinstance(command := _command(args.coordinator, number), Stop):
             result = worker.carry_out(command)
             worker.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
             worker.answer(number, result)
@@ -93,6 +95,11 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
         ray.get(args.coordinator.fail.remote(Failure(error)))
     except DriverFailed:
         return
+
+
+def _command(coordinator: Any, number: int) -> Any:
+    [reference] = unwrapped(coordinator.command.remote(number))
+    return ray.get(reference)
 
 
 class RolledBack(Exception):

@@ -15,6 +15,7 @@ import ray
 
 from spin_ray.chatter import redirect_output
 from spin_ray.errors import WeightsLost
+from spin_ray.imports import without_gc
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
 from spin_ray.storage import DISK, Disk
 
@@ -43,13 +44,14 @@ class Sampler:
     def __init__(self, args: SamplerArgs):
         redirect_output(args.log_path)
         os.environ.update(args.env)
-        from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
-
         self._storage = args.storage
         model_path = str(self._storage.fetch(Path(args.model_path)))
-        self._engine = OpponentEngine(
-            model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
-        )
+        with without_gc():
+            from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
+
+            self._engine = OpponentEngine(
+                model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
+            )
 
     async def ready(self) -> Version:
         """Warm the engine up (the first log-probs compile for seconds) and return its version."""

@@ -29,7 +29,8 @@ def test_one_vendor_one_place(vendor):
 
 
 LAYERS = [
-    ("errors.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py"), ("config.py",),
+    ("errors.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py", "imports.py"),
+    ("config.py",),
     ("background.py", "storage.py"),
     ("records.py", "chat.py", "data.py", "losses.py", "manifest.py", "chatter.py", "placement.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py"),
