@@ -167,21 +167,24 @@ def _pair(block: BlockSpec, prompt: Prompt, completion: Completion, real_logps: 
 
 
 async def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
-    """The pairs of iteration t - 1 with the present opponent's log-probs, by two prefills each."""
+    """The pairs of iteration t - 1 with the present opponent's log-probs, by two prefills each, or one where y' is y."""
     written = await asyncio.to_thread(read_pairs, plan.run.pairs(block.iteration - 1, "block", block.index), plan.run.storage)
     pairs: list[Pair] = from_table(written, Pair)
-    questions = [pair.prompt_ids for pair in pairs]
-    scores: Sequence[Sequence[np.ndarray]] = [[_NOT_SCORED] * len(pairs)] * 2
+    real = generated = [_NOT_SCORED] * len(pairs)
     if plan.score:
-        answers = [pair.real_ids for pair in pairs] + [pair.generated_ids for pair in pairs]
-        logps = await plan.pool.score.remote(block.version, 2 * questions, answers, PLAY, block.place)
-        scores = logps[: len(pairs)], logps[len(pairs) :]
+        same = [np.array_equal(pair.real_ids, pair.generated_ids) for pair in pairs]
+        others = [pair for pair, is_same in zip(pairs, same, strict=True) if not is_same]
+        questions = [pair.prompt_ids for pair in pairs + others]
+        answers = [pair.real_ids for pair in pairs] + [pair.generated_ids for pair in others]
+        logps = await plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)
+        real, of_others = logps[: len(pairs)], iter(logps[len(pairs) :])
+        generated = [logp if is_same else next(of_others) for logp, is_same in zip(real, same, strict=True)]
     return [
         replace(
             pair, iteration=block.iteration, scored_version=block.version.number, scored_steps_early=0,
             opponent_real_logps=real_logps, opponent_generated_logps=generated_logps,
         )
-        for pair, real_logps, generated_logps in zip(pairs, *scores, strict=True)
+        for pair, real_logps, generated_logps in zip(pairs, real, generated, strict=True)
     ]
 
 

@@ -14,6 +14,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray._raylet import PlacementGroupID
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
@@ -135,12 +136,13 @@ class Learner:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Ray Train's, without its process that frees a dead controller's resources: that asks the dashboard, and where none runs,
-    as on one machine, it frees nothing and the end of `fit()` waits 12 s for it.
+    """Ray Train's, without two processes. The one that frees a dead controller's resources asks the dashboard, and where none
+    runs, as on one machine, it frees nothing and the end of `fit()` waits 12 s for it. The other one's datasets are not ours.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+        unwanted = PlacementGroupCleanerCallback, DatasetsCallback
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
 
 
 def _free_resources() -> None:

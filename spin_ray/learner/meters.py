@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spin_ray.learner.packing import num_common
 from spin_ray.records import Pair
 
 PEAK_FLOPS = {
@@ -48,11 +49,12 @@ class ModelFlops:
         """FLOPs of training on these pairs. Worked: layers 1, head 0, width 0, pair of 4 + 3 and 5 tokens, shared: 6 × 10 = 60."""
         total = 0
         for pair in pairs:
-            prompt, branches = len(pair.prompt_ids), [len(a) for a in (pair.real_ids, pair.generated_ids) if len(a)]
-            prompts = 1 if share_prompt else len(branches)
-            tokens = prompts * prompt + sum(answer - 1 for answer in branches)
-            attended = prompts * prompt * (prompt + 1) / 2 + sum((n - 1) * (prompt + n / 2) for n in branches)
-            total += 6 * self.layers * tokens + 6 * self.head * sum(branches) + 12 * self.width * attended
+            answers = [len(a) for a in (pair.real_ids, pair.generated_ids) if len(a)]
+            trunks, common = (1, num_common(pair)) if share_prompt else (len(answers), 0)
+            trunk, branches = len(pair.prompt_ids) + common, [answer - 1 - common for answer in answers]
+            tokens = trunks * trunk + sum(branches)
+            attended = trunks * trunk * (trunk + 1) / 2 + sum(n * (trunk + (n + 1) / 2) for n in branches)
+            total += 6 * self.layers * tokens + 6 * self.head * sum(answers) + 12 * self.width * attended
         return total
 
 

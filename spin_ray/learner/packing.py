@@ -1,7 +1,8 @@
 """Padding-free batches: many answers in one row of tokens, none of which attends to another.
 
-A packed row is a sequence of *trees*: one prompt followed by its branches. With a shared prompt a tree has two branches,
-the real and the generated answer; without, every answer has a tree (and a copy of the prompt) of its own.
+A packed row is a sequence of *trees*: a trunk followed by its branches. With a shared prompt the trunk is the prompt and what
+the real and the generated answer begin with alike, the branches are the rest of both; without, every answer has a tree (and a
+copy of the prompt) of its own. Where y' is y, the tree is only a trunk: the pair has the margin 0 and teaches nothing.
 
 Shapes: T tokens in the row, A answer tokens, N pairs. Answer 2i is the real one of pair i, answer 2i + 1 the generated one.
 """
@@ -19,7 +20,7 @@ from spin_ray.records import Pair
 
 @dataclass(frozen=True)
 class Tree:
-    """`start` and `length` of one prompt with its branches in the row; `mask` where plain causal attention is not enough."""
+    """`start` and `length` of a trunk with its branches in the row; `mask` where plain causal attention is not enough."""
 
     start: int
     length: int
@@ -63,34 +64,42 @@ def pack(pairs: Sequence[Pair], *, share_prompt: bool) -> Packed:
         answers = [(2 * index, pair.real_ids), (2 * index + 1, pair.generated_ids)]
         answers = [(which, tokens) for which, tokens in answers if len(tokens)]
         for branches in [answers] if share_prompt else [[answer] for answer in answers]:
-            start, prompt = place, len(pair.prompt_ids)
-            ids.append(pair.prompt_ids)
-            positions.append(np.arange(prompt))
-            place += prompt
+            common = num_common(pair) if share_prompt else 0
+            start, prompt, trunk = place, len(pair.prompt_ids), len(pair.prompt_ids) + common
+            ids += [pair.prompt_ids, pair.real_ids[:common]]
+            positions.append(np.arange(trunk))
+            place += trunk
             for which, tokens in branches:
-                fed = len(tokens) - 1  # the last token of an answer predicts nothing, so it is not fed
-                ids.append(tokens[:fed])
-                positions.append(np.arange(prompt, prompt + fed))
-                predictor.append(np.concatenate([[start + prompt - 1], np.arange(place, place + fed)]))
+                rest = tokens[common:-1]  # the last token of an answer predicts nothing, so it is not fed
+                ids.append(rest)
+                positions.append(np.arange(trunk, trunk + len(rest)))
+                predictor += [np.arange(start + prompt - 1, start + trunk), np.arange(place, place + len(rest))]
                 targets.append(tokens)
                 answer_of.append(np.full(len(tokens), which))
-                place += fed
-            trees.append(Tree(start, place - start, _mask(prompt, [len(tokens) - 1 for _, tokens in branches])))
+                place += len(rest)
+            trees.append(Tree(start, place - start, _mask(trunk, [len(tokens) - 1 - common for _, tokens in branches])))
     return Packed(
         _int64(ids), _int64(positions), tuple(trees), torch.tensor([*[t.start for t in trees], place], dtype=torch.int32),
         _int64(predictor), _int64(targets), _int64(answer_of), len(pairs),
     )
 
 
+def num_common(pair: Pair) -> int:
+    """How many of the tokens that are fed, all but the last of each, the two answers begin with alike. Worked: abcd, abce -> 3."""
+    shorter = max(0, min(len(pair.real_ids), len(pair.generated_ids)) - 1)
+    different = np.flatnonzero(pair.real_ids[:shorter] != pair.generated_ids[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
 def _int64(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def _mask(prompt: int, branches: list[int]) -> torch.Tensor | None:
-    """[prompt + sum(branches)] squared: causal, and a branch sees only the prompt and itself. None for one branch."""
-    if len(branches) == 1:
+def _mask(trunk: int, branches: list[int]) -> torch.Tensor | None:
+    """[trunk + sum(branches)] squared: causal, and a branch sees only the trunk and itself. None where that is causal."""
+    if sum(length > 0 for length in branches) < 2:
         return None
-    branch = torch.repeat_interleave(torch.arange(len(branches) + 1), torch.tensor([prompt, *branches]))
+    branch = torch.repeat_interleave(torch.arange(len(branches) + 1), torch.tensor([trunk, *branches]))
     causal = torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
     return causal & ((branch[None, :] == 0) | (branch[None, :] == branch[:, None]))
 
@@ -98,7 +107,7 @@ def _mask(prompt: int, branches: list[int]) -> torch.Tensor | None:
 def row_tokens(pair: Pair, *, share_prompt: bool) -> int:
     """Tokens the pair takes in a packed row."""
     fed = [len(answer) - 1 for answer in (pair.real_ids, pair.generated_ids) if len(answer)]
-    return (1 if share_prompt else len(fed)) * len(pair.prompt_ids) + sum(fed)
+    return len(pair.prompt_ids) - num_common(pair) + sum(fed) if share_prompt else len(fed) * len(pair.prompt_ids) + sum(fed)
 
 
 def plan_micro_batches(lengths: Sequence[int], *, num_ranks: int, pack_tokens: int) -> list[list[list[int]]]:

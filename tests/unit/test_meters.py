@@ -1,5 +1,7 @@
 """FLOPs and use of rows, against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from spin_ray.records import Pair
 
 
 def pair(prompt: int, real: int, generated: int) -> Pair:
-    ids = [np.ones(length, np.int32) for length in (prompt, real, generated)]
+    ids = [np.full(length, token, np.int32) for token, length in enumerate((prompt, real, generated))]
     return Pair(0, 0, 0, 0, *ids, np.zeros(real, np.float32), np.zeros(generated, np.float32), "stop")
 
 
@@ -23,6 +25,9 @@ def test_flops_by_hand():
     # The prompt's tokens attend to 1 + 2 + 3 + 4, y's to 5 + 6, the other's to 5 + 6 + 7 + 8.
     assert ModelFlops(0, 0, 1).step([one], share_prompt=True) == 12 * (10 + 11 + 26)
     assert ModelFlops(0, 0, 1).step([one], share_prompt=False) == 12 * (2 * 10 + 11 + 26)
+    alike = replace(one, generated_ids=np.array([1, 1, 2, 2, 2], np.int32))  # its first two tokens are y's, which feeds two
+    assert ModelFlops(1, 0, 0).step([alike], share_prompt=True) == 6 * 8
+    assert ModelFlops(0, 0, 1).step([alike], share_prompt=True) == 12 * (10 + 11 + 15)
 
 
 def test_flops_of_a_model_count_its_linear_layers():

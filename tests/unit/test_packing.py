@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.learner import attention, logps
 from spin_ray.learner.logps import LogpHead, PolicyLogps
-from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
+from spin_ray.learner.packing import num_common, pack, plan_micro_batches, row_tokens
 from spin_ray.records import Pair
 
 
@@ -24,9 +24,11 @@ def tiny(*, tied: bool, implementation: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.float64)
 
 
-def pair(prompt: int, real: int, generated: int, seed: int = 0) -> Pair:
+def pair(prompt: int, real: int, generated: int, seed: int = 0, *, alike: int = 0) -> Pair:
+    """Lengths of the three, and how many tokens y' begins with as y does."""
     rng = np.random.default_rng([seed, prompt, real, generated])
     ids = [rng.integers(1, 50, length).astype(np.int32) for length in (prompt, real, generated)]
+    ids[2][:alike] = ids[1][: min(alike, generated)]
     return Pair(0, 0, 0, 0, *ids, np.zeros(real, np.float32), np.zeros(generated, np.float32), "stop")
 
 
@@ -64,12 +66,16 @@ def gradients(model: torch.nn.Module, sums: torch.Tensor) -> dict[str, torch.Ten
     return {name.removeprefix("lm."): parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+ALIKE = [pair(2, 6, 6, alike=6), pair(2, 5, 8, alike=3), pair(3, 6, 4, alike=4), pair(3, 4, 6, alike=4), pair(4, 5, 5, alike=4)]
+"""y' is y, they part in the middle, y' ends where y goes on, y ends where y' goes on, only the last token differs."""
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_packed_equals_padded_equals_one_at_a_time(tied, share_prompt, accumulate, monkeypatch):
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 150)  # chunks of 3 tokens
-    pairs = [pair(5, 4, 7), pair(1, 1, 1), pair(3, 9, 2), pair(8, 1, 6)]
+    pairs = [pair(5, 4, 7), pair(1, 1, 1), pair(3, 9, 2), pair(8, 1, 6), *ALIKE]
     reference = tiny(tied=tied, implementation="sdpa")
     policy = PolicyLogps(tiny(tied=tied, implementation=attention.NAME), accumulate=accumulate)
     plain, padded, ours = plain_sums(reference, pairs), padded_sums(reference, pairs), packed_sums(policy, pairs, share_prompt=share_prompt)
@@ -101,13 +107,17 @@ def test_two_rows_in_one_backward_pass_and_padding_in_a_row(tied, accumulate):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
-LENGTHS = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=5)
+def drawn(lengths: list[tuple[int, int, int, int]]) -> list[Pair]:
+    return [pair(*sizes, seed=k, alike=min(alike, *sizes[1:])) for k, (*sizes, alike) in enumerate(lengths)]
+
+
+LENGTHS = st.lists(st.tuples(*[st.integers(1, 9)] * 3, st.integers(0, 9)), min_size=1, max_size=5)
 
 
 @settings(deadline=None, max_examples=25)
 @given(LENGTHS, st.booleans())
 def test_property_packed_equals_one_at_a_time(lengths, share_prompt):
-    pairs = [pair(*sizes, seed=k) for k, sizes in enumerate(lengths)]
+    pairs = drawn(lengths)
     with torch.no_grad():
         plain = plain_sums(tiny(tied=True, implementation="sdpa"), pairs)
         ours = packed_sums(PolicyLogps(tiny(tied=True, implementation=attention.NAME)), pairs, share_prompt=share_prompt)
@@ -126,6 +136,21 @@ def test_pair_without_generated_answer_has_only_its_real_branch():
     assert packed.trees[0].mask is None
 
 
+def test_what_both_answers_begin_with_is_computed_once():
+    assert [num_common(one) for one in ALIKE] == [5, 3, 3, 3, 4]
+    packed = pack(ALIKE[:2], share_prompt=True)
+    assert packed.trees[0].mask is None and packed.trees[0].length == 2 + 5  # y' is y: a trunk without branches
+    assert packed.trees[1].length == 2 + 3 + 1 + 4
+
+
+def test_a_pair_whose_answers_are_the_same_teaches_nothing():
+    policy = PolicyLogps(tiny(tied=True, implementation=attention.NAME))
+    real, generated = packed_sums(policy, ALIKE[:1], share_prompt=True)[0]
+    assert real == generated
+    for name, gradient in gradients(policy, packed_sums(policy, ALIKE[:1], share_prompt=True)).items():
+        assert gradient.abs().max() < 1e-15, name
+
+
 def test_end_token_is_trained_on_exactly_once_per_answer():
     one = pair(4, 3, 5)
     packed = pack([one], share_prompt=True)
@@ -135,7 +160,7 @@ def test_end_token_is_trained_on_exactly_once_per_answer():
 
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_row_tokens_is_what_pack_lays_out(share_prompt):
-    for one in (pair(4, 3, 5), pair(4, 3, 0), pair(1, 1, 1)):
+    for one in (pair(4, 3, 5), pair(4, 3, 0), pair(1, 1, 1), *ALIKE):
         assert row_tokens(one, share_prompt=share_prompt) == len(pack([one], share_prompt=share_prompt).input_ids)
 
 
@@ -174,7 +199,7 @@ def test_empty_prompt_is_refused():
 @given(LENGTHS, st.integers(1, 40))
 def test_property_accumulation_over_micro_batches_equals_one_batch(lengths, pack_tokens):
     """Loss and every gradient, chunks that the backward pass computes again among them."""
-    pairs = [pair(*sizes, seed=k) for k, sizes in enumerate(lengths)]
+    pairs = drawn(lengths)
     policy = PolicyLogps(tiny(tied=True, implementation=attention.NAME), chunk_elements=150)
     expected = gradients(policy, packed_sums(policy, pairs, share_prompt=False))
     [plan] = plan_micro_batches([row_tokens(one, share_prompt=False) for one in pairs], num_ranks=1, pack_tokens=pack_tokens)
