@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.config import Config, flatten
+from spin_ray.imports import without_gc
 from spin_ray.storage import readable_disk_errors
 
 
@@ -19,7 +20,8 @@ class Tracker:
     """One per run, in the driver. A resumed run goes on in the same W&B run."""
 
     def __init__(self, config: Config, run_path: Path):
-        import wandb
+        with without_gc():
+            import wandb
 
         self._lock = threading.Lock()
         self._file = (run_path / "metrics.jsonl").open("a", buffering=1)

@@ -144,13 +144,20 @@ class PlayBlock:
 async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and the real one."""
     prompts = await asyncio.to_thread(read_prompts, plan.run.prompts(block.index), plan.run.storage)
-    questions, answers = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
-    drawn = plan.pool.sample.remote(block.version, questions, plan.settings, PLAY, block.place)
+    drawn = plan.pool.sample.remote(block.version, [p.prompt_ids for p in prompts], plan.settings, PLAY, block.place)
     if not plan.score:
         return [_pair(block, p, c, _NOT_SCORED, _NOT_SCORED) for p, c in zip(prompts, await drawn, strict=True)]
-    scored = plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)
-    completions, real_logps = await asyncio.gather(drawn, scored)
+    completions, real_logps = await asyncio.gather(drawn, _score_real(plan, block, prompts))
     return [_pair(block, p, c, real, c.logps) for p, c, real in zip(prompts, completions, real_logps, strict=True)]
+
+
+async def _score_real(plan: PlayPlan, block: BlockSpec, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """The real answers' log-probs: those of this iteration's replay of the same prompts, which comes first, or by a prefill each."""
+    replay = plan.run.pairs(block.iteration, "replay", block.index)
+    if not block.version.steps_early and (replayed := await asyncio.to_thread(pairs_on_disk, replay, plan.run.storage)) is not None:
+        return [pair.opponent_real_logps for pair in from_table(replayed, Pair)]
+    questions, answers = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
+    return await plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)
 
 
 _NOT_SCORED = np.zeros(0, np.float32)

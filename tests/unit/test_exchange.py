@@ -1,8 +1,10 @@
 """What crosses processes: tables, weight buckets, the audit, the run directory."""
 
+import asyncio
 import dataclasses
 import errno
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from spin_ray.exchange.audit import Audit, AuditError, FirstLossError, check_fir
 from spin_ray.exchange.weights import from_bucket, to_bucket
 from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
-from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Pair, Prompt, Version, from_table, to_table
+from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, Version, from_table, to_table
 from spin_ray.storage import written_whole
 
 
@@ -175,6 +177,47 @@ def test_block_of_another_version_is_refused(tmp_path, make_pairs):
     ):
         with pytest.raises(RuntimeError, match="expected"):
             exchange._check_block(plan, block, found)
+
+
+class CountingPool:
+    """Draws y' = (9, 9) and gives every answer token the log-prob of minus its id; counts the prefills."""
+
+    def __init__(self):
+        self.num_scored = 0
+        self.score = SimpleNamespace(remote=self._score)
+        self.sample = SimpleNamespace(remote=self._sample)
+
+    async def _score(self, version, prompts, answers, *_):
+        self.num_scored += len(answers)
+        return [-np.asarray(answer, np.float32) for answer in answers]
+
+    async def _sample(self, version, prompts, *_):
+        return [Completion(version, np.array([9, 9], np.int32), np.array([-8.5, -8.5], np.float32), "stop") for _ in prompts]
+
+
+def test_nothing_is_scored_twice(tmp_path):
+    """Replay scores y' only where it is not y; new pairs of the same prompts take the real answers' scores from it."""
+    run, pool = RunDir(tmp_path), CountingPool()
+    plan = exchange.PlayPlan(run, pool, None)
+    reals = [[3, 4, 5], [9, 9], [6]]
+    exchange.write_prompts(run, [Prompt(k, np.array([1, 2], np.int32), np.array(real, np.int32)) for k, real in enumerate(reals)], 3)
+
+    def play(kind, t, version):
+        pool.num_scored = 0
+        function = {"block": exchange.sample_pairs, "replay": exchange.rescore_pairs}[kind]
+        pairs = asyncio.run(function(plan, BlockSpec(t, kind, 0, 3, version)))
+        for pair in pairs:
+            assert np.array_equal(pair.opponent_real_logps, -pair.real_ids)
+            if kind == "replay":
+                assert np.array_equal(pair.opponent_generated_logps, -pair.generated_ids)
+        exchange.write_table(run.pairs(t, kind, 0), to_table(pairs, PAIR_SCHEMA))
+        return pool.num_scored
+
+    assert play("block", 0, Version(0)) == 3
+    assert play("block", 1, Version(1)) == 3  # no replay yet
+    assert play("replay", 1, Version(1)) == 5  # of six answers, one is y itself
+    assert play("block", 1, Version(1, 4)) == 3  # the snapshot did not score the replay
+    assert play("block", 1, Version(1)) == 0
 
 
 def test_versions_are_ordered_as_the_main_player_reaches_them():
