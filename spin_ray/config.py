@@ -160,7 +160,7 @@ class LearnerConfig:
     activation_checkpointing: bool = False
     """Recompute the layers' activations in the backward pass."""
     share_prompt: bool = True
-    """Compute the prompt of y and y' once, where the attention backend can."""
+    """Compute the prompt of y and y', and what both begin with, once, where the attention backend can."""
     offload_optimizer: bool = False
     """Keep master weights and optimizer states in the CPU's memory and step there; needs zero_stage 1, 2 or 3."""
     compile: bool = False

@@ -30,14 +30,17 @@ def start(runs: Path, name: str, *program: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *(program or ("-m", "spin_ray")), "run", "conf/demo.yaml", f"run.dir={runs}", f"run.name={name}",
          "spin.num_iterations=2", f"data.max_prompts={NUM_PROMPTS}", "data.eval=''", "sampler.block_prompts=16", "learner.batch_pairs=8",
-         "sampler.temperature=0", "learner.checkpoint_every_steps=5"],
+         "sampler.temperature=0", "learner.checkpoint_every_steps=5",
+         f"learner.cpus_per_worker={max(os.cpu_count(), 2) - 1}"],  # no room for a second group beside what a dead controller left
         cwd=ROOT, env={**env, **SECRETS}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
 
 
 def records(run: Path, file: str) -> list[dict]:
+    """All whole lines: the run may be writing the last one."""
     path = run / file
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def wait_for(condition, what: str, timeout: float = 240) -> None:
