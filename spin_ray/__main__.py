@@ -19,7 +19,7 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    atexit.register(gc.freeze)  # the interpreter's last collection would walk through all libraries once more, for a second
+    atexit.register(gc.freeze)  # the interpreter's last collection would walk through all libraries once more
     parser = argparse.ArgumentParser(prog="spin-ray", description="Self-play fine-tuning (SPIN) as one Ray job.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (function, help_text) in COMMANDS.items():
@@ -77,13 +77,15 @@ def _run(config: Config, origin: dict[str, str]) -> None:
 
 
 def _sft(config: Config, origin: dict[str, str]) -> None:
-    from spin_ray.sft import run_sft
+    with without_gc():
+        from spin_ray.sft import run_sft
 
     run_sft(config)
 
 
 def _eval(config: Config, origin: dict[str, str]) -> None:
-    from spin_ray.evaluation import run_eval
+    with without_gc():
+        from spin_ray.evaluation import run_eval
 
     run_eval(config)
 

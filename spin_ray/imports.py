@@ -1,4 +1,4 @@
-"""Importing without the garbage collector, which else walks all that has been imported again and again: a fifth of a player's start."""
+"""Starting without the garbage collector, which walks through all that is imported again and again (docs/log.md has the seconds)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """While the body runs, collect nothing; then leave what it made out of all later collections."""
+    """While the body runs, collect nothing; then leave all that is alive out of later collections: a start's objects stay."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -88,7 +88,7 @@ class RunDir:
 
     def _remove_half_written(self) -> None:
         for leftover in self.path.rglob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
     def _publish_followed(self) -> None:
         for name in (*_APPENDED, *_DRAWN):

@@ -1,4 +1,4 @@
-"""What the driver must know of the model before anything starts: its chat format, and that its parts fit together."""
+"""What the driver must know of the model before the players start: its chat format, and that its parts fit together."""
 
 from __future__ import annotations
 

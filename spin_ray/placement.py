@@ -31,7 +31,7 @@ class Hardware:
     audit_tolerance: float
     """Largest mean |difference| of sampler and learner log-probs per token, in nats."""
     share_prompt: bool
-    """Whether the learner computes the prompt of a pair once."""
+    """Whether the learner computes once what the answers of a pair have in common."""
     blocks_in_flight: int
     """Enough to keep every engine full twice over: a finished block takes a moment to be replaced."""
     torch_backend: str

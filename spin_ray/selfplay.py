@@ -70,23 +70,18 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
         return
     interrupts = Interrupts()
     interrupts.listen()
-    inspecting = in_background(_inspect, config, run, terminal)  # while Ray starts
+    facts = inspect_model(config)
+    prepared = prepare(config, run, facts, terminal)
+    max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens, facts)
     with ExitStack() as stack:
         hardware = stack.enter_context(ray_cluster(config))
         interrupts.listen()
-        facts, prepared, max_model_len = inspecting.result()
         blocks = len(prepared.block_sizes)
         terminal.say(f"{run}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
         players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len))
         with Tracker(config, run.path) as tracker, terminal:
             SelfPlay(config, run, facts, prepared, hardware, players, tracker, terminal, interrupts).play()
     terminal.say(f"finished: the model is {last_model}")
-
-
-def _inspect(config: Config, run: RunDir, terminal: Terminal) -> tuple[ModelFacts, Prepared, int]:
-    facts = inspect_model(config)
-    prepared = prepare(config, run, facts, terminal)
-    return facts, prepared, longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens, facts)
 
 
 @dataclass(frozen=True)

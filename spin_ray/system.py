@@ -19,12 +19,6 @@ from spin_ray.placement import Hardware, choose_hardware
 
 MIN_LOCAL_CPUS = 2
 
-_RAY_TRAIN = {
-    "ENABLE_PRINT_PATCH": "0",
-    "ENABLE_PREEMPTION_WATCHER": "0",  # a process that tells workers what ours would not ask
-    "HEALTH_CHECK_INTERVAL_S": "0.5",  # how long a worker's death, or the end of all, may go unnoticed
-}
-
 
 @contextmanager
 def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) -> Iterator[Hardware]:
@@ -33,11 +27,12 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
     `samplers` and `learner` say which players the command starts.
     Raises BadInput if the cluster is too small for the run.
     """
-    for name, value in _RAY_TRAIN.items():
-        os.environ.setdefault(f"RAY_TRAIN_{name}", value)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a worker's death, or the end of all, goes unnoticed
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, configure_logging=False)
     else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine
         cpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS)
         ray.init(
             "local", num_cpus=cpus, num_gpus=torch.cuda.device_count(), include_dashboard=False,

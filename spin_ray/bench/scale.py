@@ -87,7 +87,7 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
         f"sampler.num_replicas={case.num_replicas}", f"learner.num_workers={case.num_workers}", "sampler.cpus_per_replica=0",
         "learner.cpus_per_worker=0.01", "sampler.block_prompts=8", "sampler.max_num_seqs=8",
     ])
-    speed = num_prompts / generation_s / case.num_replicas * (1 + 1 / SCORES_PER_SAMPLE)  # sampling and scoring y fill generation_s
+    speed = num_prompts / generation_s / case.num_replicas * (1 + 1 / SCORES_PER_SAMPLE)  # sampling and scoring y (replay may) fill it
     rates = [2 * num_prompts * (1 + (t > 0)) / seconds for t, seconds in enumerate(training_s)]
     run = RunDir.open(config, "run")
     os.environ["WANDB_MODE"] = "disabled"

@@ -29,7 +29,7 @@ from spin_ray.errors import BadInput, Diverged
 from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.placement import PLAY_TASK_CPUS, play_processes
-from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, SamplingSettings, from_table, to_table
+from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, SamplingSettings, Version, from_table, to_table
 from spin_ray.sampler.pool import PLAY
 from spin_ray.storage import DISK, Disk
 
@@ -142,7 +142,7 @@ class PlayBlock:
 
 
 async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
-    """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and the real one."""
+    """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and, where replay has not, the real one."""
     prompts = await asyncio.to_thread(read_prompts, plan.run.prompts(block.index), plan.run.storage)
     drawn = plan.pool.sample.remote(block.version, [p.prompt_ids for p in prompts], plan.settings, PLAY, block.place)
     if not plan.score:
@@ -153,11 +153,24 @@ async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
 
 async def _score_real(plan: PlayPlan, block: BlockSpec, prompts: Sequence[Prompt]) -> list[np.ndarray]:
     """The real answers' log-probs: those of this iteration's replay of the same prompts, which comes first, or by a prefill each."""
-    replay = plan.run.pairs(block.iteration, "replay", block.index)
-    if not block.version.steps_early and (replayed := await asyncio.to_thread(pairs_on_disk, replay, plan.run.storage)) is not None:
-        return [pair.opponent_real_logps for pair in from_table(replayed, Pair)]
+    replayed = await asyncio.to_thread(_replayed, plan, block)
+    known = {pair.prompt_id: pair.opponent_real_logps for pair in replayed if _scored_by(pair) == block.version}
+    if all(prompt.prompt_id in known for prompt in prompts):
+        return [known[prompt.prompt_id] for prompt in prompts]
     questions, answers = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
     return await plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)
+
+
+def _replayed(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
+    """The pairs of the same prompts that this iteration replays, if they are finished."""
+    if not plan.run.has_pairs(block.iteration, "replay", block.index):  # to fetch what is still on its way would remove it here
+        return []
+    table = pairs_on_disk(plan.run.pairs(block.iteration, "replay", block.index), plan.run.storage)
+    return [] if table is None else from_table(table, Pair)
+
+
+def _scored_by(pair: Pair) -> Version:
+    return Version(pair.scored_version, pair.scored_steps_early)
 
 
 _NOT_SCORED = np.zeros(0, np.float32)

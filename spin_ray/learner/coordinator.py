@@ -87,7 +87,9 @@ class Coordinator:
         self._changed = asyncio.Condition()
 
     async def post(self, command: Any) -> int:
-        """Queue a command for all workers; returns its number. It comes as a block does: a loss function would bring torch along."""
+        """Queue a command for all workers; returns its number. `command` is a reference in a list, as in `put_block`: a loss
+        function unpickled here would bring torch along.
+        """
         async with self._changed:
             number, self._num_commands = self._num_commands, self._num_commands + 1
             self._commands[number] = command
@@ -95,7 +97,7 @@ class Coordinator:
         return number
 
     async def command(self, number: int) -> Any:
-        """The command with this number, once it is posted."""
+        """What was posted under this number, once it is."""
         return await self._wait(lambda: number in self._commands, lambda: self._commands[number])
 
     async def answer(self, key: int | Version, result: Any) -> None:

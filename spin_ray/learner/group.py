@@ -13,7 +13,6 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray._raylet import PlacementGroupID
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
@@ -102,13 +101,14 @@ class Learner:
         controllers_left = self._args.config.max_restarts
         while True:
             try:
-                self._trainer().fit()
+                if controllers_left < self._args.config.max_restarts:
+                    _free_resources()
+                self._new_trainer().fit()
                 return
             except ray.exceptions.RayActorError as error:
                 if not controllers_left:
                     return self._end(error)
                 controllers_left -= 1
-                _free_resources()
             except BaseException as error:
                 return self._end(error)
 
@@ -117,7 +117,7 @@ class Learner:
         if ray.is_initialized():
             self.fail(error)
 
-    def _trainer(self) -> ray.train.torch.TorchTrainer:
+    def _new_trainer(self) -> ray.train.torch.TorchTrainer:
         config, hardware = self._args.config, self._args.hardware
         return _Trainer(
             run_worker,
@@ -150,7 +150,7 @@ def _free_resources() -> None:
     job = ray.get_runtime_context().get_job_id()
     for name, facts in placement_group_table().items():
         if name.endswith(job) and facts["state"] != "REMOVED":  # nothing else in this job has placement groups
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def _unless_failed(answer: Any) -> Any:

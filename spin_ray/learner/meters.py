@@ -31,6 +31,7 @@ class ModelFlops:
 
         6 layers T  +  6 head A  +  12 width × (pairs of a token and a token that it attends to).
 
+    Tokens of a trunk are in T once, in A once per answer: so many rows the output layer has (packing.py).
     What is computed again in the backward pass does not count: this is for MFU, not hardware utilisation.
     """
 

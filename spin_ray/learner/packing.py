@@ -2,7 +2,8 @@
 
 A packed row is a sequence of *trees*: a trunk followed by its branches. With a shared prompt the trunk is the prompt and what
 the real and the generated answer begin with alike, the branches are the rest of both; without, every answer has a tree (and a
-copy of the prompt) of its own. Where y' is y, the tree is only a trunk: the pair has the margin 0 and teaches nothing.
+copy of the prompt) of its own. Where y' is y, the tree is only a trunk. The output layer has a row for every answer token, also
+for those that both begin with.
 
 Shapes: T tokens in the row, A answer tokens, N pairs. Answer 2i is the real one of pair i, answer 2i + 1 the generated one.
 """

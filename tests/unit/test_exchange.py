@@ -20,7 +20,7 @@ from spin_ray.exchange.weights import from_bucket, to_bucket
 from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, Version, from_table, to_table
-from spin_ray.storage import written_whole
+from spin_ray.storage import ObjectStore, written_whole
 
 
 def same(left, right):
@@ -218,6 +218,21 @@ def test_nothing_is_scored_twice(tmp_path):
     assert play("replay", 1, Version(1)) == 5  # of six answers, one is y itself
     assert play("block", 1, Version(1, 4)) == 3  # the snapshot did not score the replay
     assert play("block", 1, Version(1)) == 0
+    path = run.pairs(1, "replay", 0)
+    exchange.write_table(path, to_table([dataclasses.replace(p, scored_version=0) for p in from_table(pq.read_table(path), Pair)], PAIR_SCHEMA))
+    assert play("block", 1, Version(1)) == 3  # scored by another version
+    path.write_bytes(b"PAR1 damaged")
+    assert play("block", 1, Version(1)) == 3
+
+
+def test_looking_for_a_replayed_block_leaves_alone_what_is_not_uploaded_yet(tmp_path, make_pairs):
+    storage = ObjectStore(f"memory://{tmp_path.name}", tmp_path / "here")
+    run = RunDir(tmp_path / "here/run", storage)
+    path, spec = run.pairs(1, "replay", 0), BlockSpec(1, "block", 0, 3, Version(1))
+    exchange.write_table(path, to_table(make_pairs(3), PAIR_SCHEMA))
+    assert exchange._replayed(exchange.PlayPlan(run, None, None), spec) == [] and path.exists()
+    storage.publish(path)
+    assert len(exchange._replayed(exchange.PlayPlan(run, None, None), spec)) == 3
 
 
 def test_versions_are_ordered_as_the_main_player_reaches_them():

@@ -136,14 +136,14 @@ def test_pair_without_generated_answer_has_only_its_real_branch():
     assert packed.trees[0].mask is None
 
 
-def test_what_both_answers_begin_with_is_computed_once():
+def test_what_both_answers_begin_with_is_laid_out_once():
     assert [num_common(one) for one in ALIKE] == [5, 3, 3, 3, 4]
     packed = pack(ALIKE[:2], share_prompt=True)
     assert packed.trees[0].mask is None and packed.trees[0].length == 2 + 5  # y' is y: a trunk without branches
     assert packed.trees[1].length == 2 + 3 + 1 + 4
 
 
-def test_a_pair_whose_answers_are_the_same_teaches_nothing():
+def test_where_the_answers_are_the_same_the_margin_has_no_gradient():
     policy = PolicyLogps(tiny(tied=True, implementation=attention.NAME))
     real, generated = packed_sums(policy, ALIKE[:1], share_prompt=True)[0]
     assert real == generated

@@ -1,8 +1,12 @@
-"""What the user is told when the distributed parts fail."""
+"""What the user is told when the distributed parts fail, and what they are started with."""
 
 import ray
+import ray.train
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from spin_ray.errors import BadInput, EngineFailed, RunStopped
+from spin_ray.learner.group import _Trainer
 from spin_ray.system import first_error
 
 
@@ -20,3 +24,10 @@ def test_the_first_error_is_under_all_wrappings():
 def test_a_dead_actor_is_one_line_that_says_how_to_go_on():
     error = first_error(wrapped(ray.exceptions.ActorDiedError()))
     assert isinstance(error, RunStopped) and "\n" not in str(error) and "the same command goes on" in str(error)
+
+
+def test_ray_train_starts_none_of_the_processes_that_we_do_without():
+    trainer = _Trainer(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=1))
+    unwanted, ours = {PlacementGroupCleanerCallback, DatasetsCallback}, set(map(type, trainer._create_default_callbacks()))
+    assert unwanted <= set(map(type, super(_Trainer, trainer)._create_default_callbacks()))  # Ray still calls them so
+    assert ours and not ours & unwanted
