@@ -34,6 +34,8 @@ def inspect_model(config: Config) -> ModelFacts:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     path, trust = resolve(config.model.path), config.model.trust_remote_code
+    if config.model.path.startswith(("/", ".", "~", "demo:")) and not Path(path).is_dir():
+        raise BadInput(f"model.path={config.model.path}: no such folder; give one with a model, demo:sft, or a name on the model hub")
     try:
         model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)

@@ -228,7 +228,7 @@ def test_sft_then_eval(tmp_path):
 
 
 BAD_INPUT = {
-    "no_model": (["model.path=/no/such/model"], "no model with a tokenizer can be loaded"),
+    "no_model": (["model.path=/no/such/model"], "model.path=/no/such/model: no such folder; give one with a model"),
     "no_data": (["data.train=/no/such.jsonl"], "no such file"),
     "typo": (["spin.betta=1"], "nearest known key is spin.beta"),
     "batch": (["learner.num_workers=3"], "32 = 10 × 3 + 2"),
