@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spin_ray.learner.packing import num_common
+from spin_ray.learner.packing import tree_lengths
 from spin_ray.records import Pair
 
 PEAK_FLOPS = {
@@ -50,12 +50,10 @@ class ModelFlops:
         """FLOPs of training on these pairs. Worked: layers 1, head 0, width 0, pair of 4 + 3 and 5 tokens, shared: 6 × 10 = 60."""
         total = 0
         for pair in pairs:
-            answers = [len(a) for a in (pair.real_ids, pair.generated_ids) if len(a)]
-            trunks, common = (1, num_common(pair)) if share_prompt else (len(answers), 0)
-            trunk, branches = len(pair.prompt_ids) + common, [answer - 1 - common for answer in answers]
-            tokens = trunks * trunk + sum(branches)
-            attended = trunks * trunk * (trunk + 1) / 2 + sum(n * (trunk + (n + 1) / 2) for n in branches)
-            total += 6 * self.layers * tokens + 6 * self.head * sum(answers) + 12 * self.width * attended
+            total += 6 * self.head * (len(pair.real_ids) + len(pair.generated_ids))
+            for trunk, branches in tree_lengths(pair, share_prompt=share_prompt):
+                attended = trunk * (trunk + 1) / 2 + sum(n * (trunk + (n + 1) / 2) for n in branches)
+                total += 6 * self.layers * (trunk + sum(branches)) + 12 * self.width * attended
         return total
 
 

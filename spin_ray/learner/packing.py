@@ -107,8 +107,16 @@ def _mask(trunk: int, branches: list[int]) -> torch.Tensor | None:
 
 def row_tokens(pair: Pair, *, share_prompt: bool) -> int:
     """Tokens the pair takes in a packed row."""
-    fed = [len(answer) - 1 for answer in (pair.real_ids, pair.generated_ids) if len(answer)]
-    return len(pair.prompt_ids) - num_common(pair) + sum(fed) if share_prompt else len(fed) * len(pair.prompt_ids) + sum(fed)
+    return sum(trunk + sum(branches) for trunk, branches in tree_lengths(pair, share_prompt=share_prompt))
+
+
+def tree_lengths(pair: Pair, *, share_prompt: bool) -> list[tuple[int, list[int]]]:
+    """The pair's trees as `pack` lays them out: tokens of the trunk, and of each branch."""
+    prompt, fed = len(pair.prompt_ids), [len(answer) - 1 for answer in (pair.real_ids, pair.generated_ids) if len(answer)]
+    if not share_prompt:
+        return [(prompt, [length]) for length in fed]
+    common = num_common(pair)
+    return [(prompt + common, [length - common for length in fed])]
 
 
 def plan_micro_batches(lengths: Sequence[int], *, num_ranks: int, pack_tokens: int) -> list[list[list[int]]]:
