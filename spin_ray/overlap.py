@@ -119,8 +119,8 @@ class Overlap:
             self._changed.notify_all()
 
     def wait_until_may_evaluate(self, version: int) -> None:
-        """Until theta_version has played its own iteration: before that it has better things to do."""
-        self._wait_for(self.blocks(version) if version < self._config.spin.num_iterations else [])
+        """Until theta_version has played its own iteration, here or in an earlier session: before that it has better things to do."""
+        self._wait_for(self.blocks(version) if self._first <= version < self._config.spin.num_iterations else [])
 
     def wait_until_may_load(self, version: Version) -> None:
         """Until everything that earlier weights have to play is played."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -171,6 +171,7 @@ class SelfPlay:
         """Iteration -> beta times the nats by which the engines' difference may move a pair's log-ratio."""
         self._plays: dict[int, _Play] = {}
         self._evaluations: dict[int, Future] = {}
+        self._tied_names: Mapping[str, str] = (run.marks("iteration") or [{}])[-1].get("tied_names", {})
         self._last_metrics: dict[int, dict[str, float]] = {}
         """Iteration -> metrics of its newest step."""
 
@@ -182,6 +183,8 @@ class SelfPlay:
             beside = [self._beside(self._play_opponent)]  # its pipeline starts up while the engines do
             self._wait_for_sampler()
             self._audit(Version(self._first), self._learner.result(probe))
+            if self._first and self._first - 1 not in self._metrics():  # it was put off when the session before ended
+                beside.append(self._start_evaluation(self._first - 1, {}))
             beside += self._release(self._first, {})
             for t in range(self._first, self._last):
                 report = follow(self._learner, training, self._note, self._interrupts)
@@ -290,7 +293,8 @@ class SelfPlay:
             group = None
             while group != (group := learner.group()):  # again until one and the same group has answered it all
                 try:
-                    self._load(self._result(publish))
+                    weights = self._result(publish)
+                    self._load(weights)
                     audit = self._audit(Version(version), self._result(probe))  # while the main player writes its files
                     self._result(save)
                 except WeightsLost:
@@ -303,7 +307,8 @@ class SelfPlay:
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
             moved = learner.move_base(Base(str(run.model(t)), masters, first_command=save + 1, iteration=version), group)
         ray.get(self._pool.saved.remote(Version(version), str(run.model(t))))
-        run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit))
+        self._tied_names = weights.tied_names
+        run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit), tied_names=dict(weights.tied_names))
         run.drop_outdated(self._config.run)
         return training
 
@@ -315,8 +320,8 @@ class SelfPlay:
         """Bring new weights to the samplers, once they owe nothing under the old ones. Raises WeightsLost."""
         self._overlap.wait_until_may_load(weights.version)
         for version, evaluation in list(self._evaluations.items()):
-            if version < weights.version.number:
-                evaluation.result()  # the samplers owe it; it must have reached them
+            if version < weights.version.number - 1:
+                evaluation.result()  # an evaluation is put off once, not for ever
         begun = time.monotonic()
         seconds = max(ray.get(self._pool.load.remote(weights)), default=0.0)
         metrics = {"load_s": seconds, "total_s": time.monotonic() - begun, "gib_per_s": weights.num_bytes / 2**30 / max(seconds, 1e-9)}
@@ -362,9 +367,8 @@ class SelfPlay:
 
     def _release(self, version: int, trained: dict[str, Any]) -> list[Future]:
         """theta_version may play, and be evaluated in what time the play leaves; returns what goes on beside the main thread."""
-        self._evaluations[version] = self._beside(self._evaluate, version, trained)
-        beside = [self._evaluations[version]]
         self._open(Version(version))
+        beside = [self._start_evaluation(version, trained)]
         early = self._overlap.snapshot(version)
         played = [self._run.has_pairs(b.iteration, b.kind, b.index) for b in self._overlap.blocks_ahead(version + 1)] if early else []
         if any(played):
@@ -372,6 +376,10 @@ class SelfPlay:
         if early and not all(played):
             beside.append(self._beside(self._play_ahead, early[1]))
         return beside
+
+    def _start_evaluation(self, version: int, trained: dict[str, Any]) -> Future:
+        self._evaluations[version] = self._beside(self._evaluate, version, trained)
+        return self._evaluations[version]
 
     def _open(self, version: Version) -> None:
         if version.number < self._last:
@@ -407,19 +415,38 @@ class SelfPlay:
         return {"loss": last["loss"], "margin": last["margin"], "train_s": report.wall_s, "waited_s": report.waited_s}
 
     def _evaluate(self, version: int, trained: dict[str, Any]) -> None:
-        """Held-out metrics of theta_version; rides on the samplers, behind what they have to play."""
-        marks = {mark["version"]: mark["metrics"] for mark in self._run.marks("evaluation")}
-        metrics = marks.get(version, {})
+        """Held-out metrics of theta_version; rides on the samplers, behind what they have to play.
+
+        What is not begun when theta_{version + 1} is there is put off until that has played: the main player must not wait for it.
+        """
+        metrics = self._metrics().get(version, {})
         if self._prepared.heldout and not metrics:
             self._overlap.wait_until_may_evaluate(version)
+            self._catch_up(version)
             metrics = evaluate(self._pool, Version(version), self._prepared.heldout, self._facts.chat, self._settings)
             self._tracker.log("eval", metrics, opponent_version=version)
             self._run.mark("evaluation", version=version, metrics=metrics)
         self._terminal.row({"model": f"theta_{version}" if version else "SFT", **metrics, **trained})
         if metrics and version:
+            before = self._metrics()[0]
             name = "real_nll_nats_per_token"
             model = self._run.storage.name(self._run.model(version - 1))
-            check_nll(version, metrics[name], marks[0][name], self._config, model)
+            check_nll(version, metrics[name], before[name], self._config, model)
+
+    def _metrics(self) -> dict[int, dict[str, float]]:
+        return {mark["version"]: mark["metrics"] for mark in self._run.marks("evaluation")}
+
+    def _catch_up(self, version: int) -> None:
+        """First the evaluation of the version before, if it was put off: its weights come back for as long as it takes."""
+        before = self._evaluations.get(version - 1)
+        if before and not before.done():
+            ray.get(self._pool.load_again.remote(self._on_disk(version - 1), Version(version)))
+            before.result()
+            ray.get(self._pool.load_again.remote(self._on_disk(version), Version(version)))
+
+    def _on_disk(self, version: int) -> PublishedWeights:
+        folder = str(self._run.model(version - 1)) if version else self._facts.path
+        return PublishedWeights(Version(version), (), 0, self._tied_names, folder)
 
     def _draw_timeline(self) -> None:
         """timeline.png: what both players did when, of all sessions of this run; also where the run failed."""

@@ -7,6 +7,7 @@ of buckets (total bytes / bucket size), never on the number of parameters.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 BUCKET_BYTES = 256 * 2**20
@@ -45,15 +47,25 @@ def to_bucket(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:
 
 
 def from_folder(folder: Path, tied_names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a saved model, with those of `tied_names` under both names."""
+    """The tensors of a model's folder, or of a model on the hub that is in this node's cache, those of `tied_names` under both names."""
     also = {first: second for second, first in tied_names.items()}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
+            for name in file.keys() - tied_names.keys():
                 tensor = file.get_tensor(name)
                 yield name, tensor
                 if name in also:
                     yield also[name], tensor
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():  # a name on the model hub, whose files this node has loaded before
+        folder = Path(snapshot_download(str(folder), local_files_only=True))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():  # beside its files some models bring the same weights in another format
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    whole = folder / "model.safetensors"
+    return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
 
 
 def from_bucket(bucket: WeightBucket, tied_names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,7 +6,8 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 |---|---|---|
 | a request of a later version | that version | `release`, after `load` |
 | a request of the present version | a replica with room | answers of earlier requests; a replica that joins |
-| `load` | the replicas | the last answer that the present version owes |
+| `load` | the replicas | the last answer that the present version owes; evaluation that no replica has begun is put off |
+| evaluation put off | its version | `load_again` |
 | a replica that joins late | the present weights | its own load of them, or if they are lost the next `load` or `saved` |
 | the heartbeat | a sign of life of a replica that owes something | the replica; or, past `heartbeat_timeout_s`, its new start |
 | all of them | | too many failures in a row: every present and later wait raises the first error |
@@ -15,7 +16,7 @@ A replica that dies, whose engine fails or hangs, or that owes an answer for too
 the present weights; what it owed goes to whoever is free first. The heartbeat asks replicas that owe something; a load may take
 its time as long as the process answers, a start has only its deadline. Requests are answered in the order of their `urgency`, then of
 their `order` (a block's place in training: the one that the learner waits for goes first), then of their arrival; a request
-of an earlier version is refused.
+of an earlier version is refused, unless it is evaluation, which waits until its version comes back.
 """
 
 from __future__ import annotations
@@ -162,6 +163,10 @@ class SamplerPool:
         self._num_restarts = 0
         self._replicas = [_Replica(number, handle, version) for number, handle in enumerate(samplers)]
         self._version = version
+        self._newest = version
+        """The last one that was asked for by `load`."""
+        self._loads_waiting = 0
+        self._loading = asyncio.Lock()
         self._released = False
         self._weights: PublishedWeights | None = None
         self._lost: WeightsLost | None = None
@@ -210,8 +215,25 @@ class SamplerPool:
 
         Raises WeightsLost if they are gone; they may be published, and loaded, again.
         """
-        await self._until(lambda: not self._owed())
-        self._version, self._weights, self._lost, self._released = weights.version, weights, None, False
+        self._newest = weights.version
+        self._loads_waiting += 1
+        try:
+            await self._until(lambda: not self._owed())
+            async with self._loading:
+                self._released = False
+                return await self._load_all(weights)
+        finally:
+            self._loads_waiting -= 1
+
+    async def load_again(self, weights: PublishedWeights, present: Version) -> None:
+        """Load what was loaded before, for the evaluation that was put off, or to go back; nothing if `present` is no longer the newest."""
+        await self._until(lambda: present != self._newest or not self._owed())
+        async with self._loading:
+            if present == self._newest:
+                await self._load_all(weights)
+
+    async def _load_all(self, weights: PublishedWeights) -> list[float]:
+        self._version, self._weights, self._lost = weights.version, weights, None
         await self._note_change()
         loads = [self._spawn(self._load(replica)) for replica in self._replicas if replica.joined]
         if loads:
@@ -265,7 +287,7 @@ class SamplerPool:
             work: _Work = entry[2]
             if self._error:
                 work.answers.set_exception(self._error)
-            elif work.version.precedes(self._version):
+            elif work.version.precedes(self._version) and work.rank[0] != EVALUATE:
                 work.answers.set_exception(WrongVersion(f"asked for {work.version}, the samplers are at {self._version}"))
             elif not self._may_answer(work):
                 kept.append(entry)
@@ -282,6 +304,8 @@ class SamplerPool:
             heapq.heappush(self._waiting, entry)
 
     def _may_answer(self, work: _Work) -> bool:
+        if work.rank[0] == EVALUATE and self._loads_waiting:
+            return False  # put off
         return work.version == self._version and (self._released or work.rank[0] == AUDIT)
 
     def _least_loaded(self) -> _Replica | None:

@@ -4,19 +4,22 @@ import asyncio
 import dataclasses
 import errno
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from spin_ray.bench import overlap as bench_overlap
 from spin_ray.config import Config, DataConfig, ModelConfig, RunConfig
 from spin_ray.errors import BadInput
 from spin_ray.exchange import pairs as exchange
 from spin_ray.exchange.audit import Audit, AuditError, FirstLossError, check_first_loss, compare, pair_mismatch
-from spin_ray.exchange.weights import from_bucket, to_bucket
+from spin_ray.exchange.weights import from_bucket, from_folder, to_bucket
 from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, Version, from_table, to_table
@@ -54,6 +57,31 @@ def test_bucket_round_trip_with_tied_name(dtype):
     assert [name for name, _ in found] == ["embed", "head", "norm", "scalar"]
     for (_, expected), (_, value) in zip([tensors[0], *tensors], found, strict=True):
         assert value.dtype == expected.dtype and torch.equal(value, expected)
+
+
+def test_a_model_s_folder_gives_each_weight_once_and_a_tied_one_under_both_names(tmp_path):
+    embed, norm = torch.randn(7, 3), torch.randn(5)
+    save_file({"embed": embed, "norm": norm}, tmp_path / "model.safetensors")
+    save_file({"other_format": embed}, tmp_path / "consolidated.safetensors")
+    assert sorted(name for name, _ in from_folder(tmp_path, {"head": "embed"})) == ["embed", "head", "norm"]
+    save_file({"embed": embed, "head": embed.clone()}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"norm": norm}, tmp_path / "model-00002-of-00002.safetensors")
+    files = {"embed": "model-00001-of-00002.safetensors", "head": "model-00001-of-00002.safetensors", "norm": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    found = list(from_folder(tmp_path, {"head": "embed"}))
+    assert sorted(name for name, _ in found) == ["embed", "head", "norm"]
+    assert all(torch.equal(tensor, norm if name == "norm" else embed) for name, tensor in found)
+
+
+def test_a_model_of_the_hub_is_read_from_the_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--house--small/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    save_file({"norm": torch.ones(2)}, snapshot / "model.safetensors")
+    refs = tmp_path / "models--house--small/refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert [(name, tensor.tolist()) for name, tensor in from_folder(Path("house/small"), {})] == [("norm", [1.0, 1.0])]
 
 
 def test_audit_reports_and_stops():

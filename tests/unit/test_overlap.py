@@ -112,6 +112,7 @@ def test_evaluation_waits_for_the_play_of_its_own_version():
     evaluation.join(timeout=5)
     assert not evaluation.is_alive()
     schedule.wait_until_may_evaluate(3)  # the last version plays nothing
+    overlap("stream", first=2).wait_until_may_evaluate(1)  # played in an earlier session
 
 
 def test_failure_ends_present_and_later_waits_with_the_first_error():

@@ -163,6 +163,44 @@ def test_play_goes_before_evaluation():
     run(scenario)
 
 
+def test_evaluation_holds_up_no_load_and_goes_on_when_its_version_comes_back():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, prompts_per_s=4000), room=CHUNK)
+        evaluation = asyncio.create_task(pool.sample(THETA_0, prompts(8 * CHUNK), SETTINGS, EVALUATE))
+        await asyncio.sleep(0)
+        await pool.load(weights(THETA_1))
+        answered = sum(span.activity == "evaluate" for span in await pool.spans())
+        assert 0 < answered <= 2 and not evaluation.done()  # what the replica had begun
+        await pool.release(THETA_1)
+        await pool.sample(THETA_1, prompts(CHUNK), SETTINGS)
+        assert not evaluation.done()
+        await pool.load_again(weights(THETA_0), THETA_1)
+        assert ids(await evaluation) == ids([FakeSampler(THETA_0)._completion(prompt, SETTINGS) for prompt in prompts(8 * CHUNK)])
+        assert {completion.version for completion in await evaluation} == {THETA_0}
+        await pool.load_again(weights(THETA_1), THETA_1)
+        assert len(await pool.sample(THETA_1, prompts(1), SETTINGS, EVALUATE)) == 1
+        assert len(await pool.spans()) == 8 - answered + 4  # nothing was answered twice
+
+    run(scenario)
+
+
+def test_old_weights_do_not_come_back_over_newer_ones():
+    async def scenario():
+        log = []
+        pool = await started(FakeSampler(THETA_0, load_s=0.05), log=log)
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        late = asyncio.create_task(pool.load(weights(Version(2))))
+        await asyncio.sleep(0)
+        await pool.load_again(weights(THETA_0), THETA_1)
+        await late
+        assert log == ["load", "load"]
+        await pool.release(Version(2))
+        assert (await pool.sample(Version(2), prompts(1), SETTINGS))[0].version == Version(2)
+
+    run(scenario)
+
+
 def test_the_block_that_is_trained_on_first_is_answered_first():
     async def scenario():
         pool = await started(FakeSampler(THETA_0, prompts_per_s=2000), room=CHUNK, release=False)
