@@ -36,6 +36,8 @@ class Hardware:
     """Enough to keep every engine full twice over: a finished block takes a moment to be replaced."""
     torch_backend: str
     """Collectives of the learner's workers."""
+    learner_first: bool = False
+    """Whether the learner's workers go before all others that want the same cores."""
     logits_elements: int = 12 * 2**20
     """Logits that the learner's output layer holds at a time: small keeps a CPU's memory low, large keeps a GPU busy."""
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -44,7 +46,17 @@ class Hardware:
     learner_env: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose_hardware(config: Config, total: Mapping[str, float], *, samplers: bool = True, learner: bool = True) -> Hardware:
+def goes_learner_first(config: Config, *, num_gpus: int, samplers: bool, learner: bool) -> bool:
+    """On this machine alone, where players overlap on a few cores, the small processes around them cost the main player a fifth of its time.
+
+    With evaluation the samplers need that time: the main player would save it only to wait for them.
+    """
+    return samplers and learner and not num_gpus and config.overlap.mode != "sequential" and not config.data.eval
+
+
+def choose_hardware(
+    config: Config, total: Mapping[str, float], *, samplers: bool = True, learner: bool = True, learner_first: bool = False
+) -> Hardware:
     """Decide from the cluster's total resources (`ray.cluster_resources()`), or refuse at once what could never start.
 
     `samplers` and `learner` say which players the command starts.
@@ -76,7 +88,7 @@ def choose_hardware(config: Config, total: Mapping[str, float], *, samplers: boo
     return Hardware(
         device="cuda" if learner_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
         audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not learner_gpus, blocks_in_flight=blocks_in_flight,
-        torch_backend="nccl" if learner_gpus else "gloo", logits_elements=(256 if learner_gpus else 12) * 2**20,
+        learner_first=learner_first, torch_backend="nccl" if learner_gpus else "gloo", logits_elements=(256 if learner_gpus else 12) * 2**20,
         engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
         sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},
         learner_env={} if learner_gpus else {"DS_ACCELERATOR": "cpu"},

@@ -47,7 +47,7 @@ from spin_ray.overlap import BlockSpec, Overlap
 from spin_ray.placement import Hardware
 from spin_ray.records import PROMPT_SCHEMA, Prompt, PublishedWeights, Span, Version, real_only, to_table
 from spin_ray.sampler.pool import AUDIT, sampling_settings, start_opponent
-from spin_ray.system import ray_cluster
+from spin_ray.system import let_learner_go_first, ray_cluster
 from spin_ray.terminal import Terminal
 from spin_ray.timeline import Timeline
 from spin_ray.tracking import Tracker
@@ -367,6 +367,8 @@ class SelfPlay:
 
     def _release(self, version: int, trained: dict[str, Any]) -> list[Future]:
         """theta_version may play, and be evaluated in what time the play leaves; returns what goes on beside the main thread."""
+        if self._hardware.learner_first:
+            let_learner_go_first()  # every time: processes come and go
         self._open(Version(version))
         beside = [self._start_evaluation(version, trained)]
         early = self._overlap.snapshot(version)

@@ -15,9 +15,11 @@ import torch
 
 from spin_ray.config import Config
 from spin_ray.errors import BadInput, RunStopped
-from spin_ray.placement import Hardware, choose_hardware
+from spin_ray.placement import Hardware, choose_hardware, goes_learner_first
 
 MIN_LOCAL_CPUS = 2
+
+RAYS_NICENESS = 15
 
 
 @contextmanager
@@ -29,19 +31,36 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a worker's death, or the end of all, goes unnoticed
+    learner_first = False
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, configure_logging=False)
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine
-        cpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS)
+        cpus, gpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS), torch.cuda.device_count()
+        learner_first = goes_learner_first(config, num_gpus=gpus, samplers=samplers, learner=learner)
         ray.init(
-            "local", num_cpus=cpus, num_gpus=torch.cuda.device_count(), include_dashboard=False,
+            "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False,
             log_to_driver=False, configure_logging=False,
             # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
-            _system_config={"idle_worker_killing_time_threshold_ms": 3_600_000},
+            _system_config={
+                "idle_worker_killing_time_threshold_ms": 3_600_000, "worker_niceness": 0 if learner_first else RAYS_NICENESS,
+            },
         )
-    yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner)
+    yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner, learner_first=learner_first)
     ray.shutdown()
+
+
+def let_learner_go_first() -> None:
+    """Give all actors and tasks of a Ray that this process has started, but the learner's workers, the niceness that Ray's have by default.
+
+    An ordinary user may lower a priority, not raise it; so all of them have been started with the learner's.
+    """
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError):  # it has ended
+            title = " ".join(process.cmdline()[:1])
+            if title.startswith("ray::") and not title.startswith("ray::RayTrainWorker"):
+                for thread in process.threads():  # a process's niceness is its first thread's alone
+                    os.setpriority(os.PRIO_PROCESS, thread.id, RAYS_NICENESS)
 
 
 def leave(code: int) -> None:

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from spin_ray.config import Config, LearnerConfig, ModelConfig, SamplerConfig
+from spin_ray.config import Config, DataConfig, LearnerConfig, ModelConfig, OverlapConfig, SamplerConfig
 from spin_ray.errors import BadInput
-from spin_ray.placement import choose_hardware, play_processes
+from spin_ray.placement import choose_hardware, goes_learner_first, play_processes
 
 
 def config(**parts) -> Config:
@@ -58,3 +58,14 @@ def test_a_process_of_the_play_pipeline_holds_many_blocks():
     sampler = SamplerConfig(num_replicas=64, cpus_per_replica=0.1, max_num_seqs=256, block_prompts=64)
     assert choose_hardware(config(sampler=sampler), {"CPU": 8}).blocks_in_flight == 513
     assert [play_processes(number) for number in (1, 256, 257, 513)] == [1, 1, 2, 3]
+
+
+def test_the_learner_goes_first_on_a_cpu_where_nothing_else_needs_its_time():
+    def first(num_gpus=0, learner=True, **parts):
+        return goes_learner_first(config(**parts), num_gpus=num_gpus, samplers=True, learner=learner)
+
+    assert first()
+    assert not first(num_gpus=1)
+    assert not first(learner=False)
+    assert not first(data=DataConfig(eval="demo:heldout"))
+    assert not first(overlap=OverlapConfig(mode="sequential"))

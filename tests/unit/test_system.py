@@ -1,5 +1,9 @@
 """What the user is told when the distributed parts fail, and what they are started with."""
 
+import os
+import shutil
+import subprocess
+
 import ray
 import ray.train
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -7,7 +11,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from spin_ray.errors import BadInput, EngineFailed, RunStopped
 from spin_ray.learner.group import _Trainer
-from spin_ray.system import first_error
+from spin_ray.system import RAYS_NICENESS, first_error, let_learner_go_first
 
 
 def wrapped(error):
@@ -31,3 +35,17 @@ def test_ray_train_starts_none_of_the_processes_that_we_do_without():
     unwanted, ours = {PlacementGroupCleanerCallback, DatasetsCallback}, set(map(type, trainer._create_default_callbacks()))
     assert unwanted <= set(map(type, super(_Trainer, trainer)._create_default_callbacks()))  # Ray still calls them so
     assert ours and not ours & unwanted
+
+
+def test_all_actors_but_the_learner_s_workers_step_back():
+    titles = ("ray::RayTrainWorker", "ray::Sampler.score", "ray::IDLE", "raylet")
+    processes = [subprocess.Popen([title, "60"], executable=shutil.which("sleep")) for title in titles]
+    try:
+        let_learner_go_first()
+        niceness = [os.getpriority(os.PRIO_PROCESS, process.pid) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness == [own, RAYS_NICENESS, RAYS_NICENESS, own]
