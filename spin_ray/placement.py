@@ -46,8 +46,8 @@ class Hardware:
     learner_env: Mapping[str, str] = field(default_factory=dict)
 
 
-def goes_learner_first(config: Config, *, num_gpus: int, samplers: bool, learner: bool) -> bool:
-    """On this machine alone, where players overlap on a few cores, the small processes around them cost the main player a fifth of its time.
+def learner_goes_first(config: Config, *, num_gpus: int, samplers: bool, learner: bool) -> bool:
+    """On this machine alone, where players overlap on a few cores, the small processes around them cost the main player a fifth.
 
     With evaluation the samplers need that time: the main player would save it only to wait for them.
     """
@@ -88,8 +88,8 @@ def choose_hardware(
     return Hardware(
         device="cuda" if learner_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
         audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not learner_gpus, blocks_in_flight=blocks_in_flight,
-        learner_first=learner_first, torch_backend="nccl" if learner_gpus else "gloo", logits_elements=(256 if learner_gpus else 12) * 2**20,
-        engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
+        torch_backend="nccl" if learner_gpus else "gloo", learner_first=learner_first,
+        logits_elements=(256 if learner_gpus else 12) * 2**20, engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
         sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},
         learner_env={} if learner_gpus else {"DS_ACCELERATOR": "cpu"},
     )

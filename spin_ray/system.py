@@ -15,7 +15,7 @@ import torch
 
 from spin_ray.config import Config
 from spin_ray.errors import BadInput, RunStopped
-from spin_ray.placement import Hardware, choose_hardware, goes_learner_first
+from spin_ray.placement import Hardware, choose_hardware, learner_goes_first
 
 MIN_LOCAL_CPUS = 2
 
@@ -37,7 +37,7 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine
         cpus, gpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS), torch.cuda.device_count()
-        learner_first = goes_learner_first(config, num_gpus=gpus, samplers=samplers, learner=learner)
+        learner_first = learner_goes_first(config, num_gpus=gpus, samplers=samplers, learner=learner)
         ray.init(
             "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False,
             log_to_driver=False, configure_logging=False,

@@ -6,7 +6,7 @@ import pytest
 
 from spin_ray.config import Config, DataConfig, LearnerConfig, ModelConfig, OverlapConfig, SamplerConfig
 from spin_ray.errors import BadInput
-from spin_ray.placement import choose_hardware, goes_learner_first, play_processes
+from spin_ray.placement import choose_hardware, learner_goes_first, play_processes
 
 
 def config(**parts) -> Config:
@@ -62,7 +62,7 @@ def test_a_process_of_the_play_pipeline_holds_many_blocks():
 
 def test_the_learner_goes_first_on_a_cpu_where_nothing_else_needs_its_time():
     def first(num_gpus=0, learner=True, **parts):
-        return goes_learner_first(config(**parts), num_gpus=num_gpus, samplers=True, learner=learner)
+        return learner_goes_first(config(**parts), num_gpus=num_gpus, samplers=True, learner=learner)
 
     assert first()
     assert not first(num_gpus=1)
