@@ -5,7 +5,7 @@
 | a loss or gradient that is none | the learner's workers, at every step | `guard.on_divergence`: stop, or roll the iteration back |
 | opponent's log-probs that are none | exchange/pairs.py, in every block | stop: a rollback starts from the weights that wrote them |
 | only empty or only truncated answers | `FirstAnswers`, per iteration | stop: the same |
-| a held-out NLL that explodes | `check_nll`, per version | stop: theta_{t+1} is finished, and the next opponent |
+| a held-out NLL that explodes | `check_nll`, per version | stop: theta_{t+1} is finished, and maybe trained on already |
 | sampler and learner disagree | exchange/audit.py | stop: no training mends it |
 """
 

@@ -47,7 +47,7 @@ class Hardware:
 
 
 def learner_goes_first(config: Config, *, num_gpus: int, samplers: bool, learner: bool) -> bool:
-    """On this machine alone, where players overlap on a few cores, the small processes around them cost the main player a fifth.
+    """On a machine that the run has for itself: where players fill two cores, the small processes around them cost the main player a fifth.
 
     With evaluation the samplers need that time: the main player would save it only to wait for them.
     """

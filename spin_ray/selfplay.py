@@ -171,6 +171,8 @@ class SelfPlay:
         """Iteration -> beta times the nats by which the engines' difference may move a pair's log-ratio."""
         self._plays: dict[int, _Play] = {}
         self._evaluations: dict[int, Future] = {}
+        self._coming = 0
+        """Number of the newest version that is to be loaded."""
         self._tied_names: Mapping[str, str] = (run.marks("iteration") or [{}])[-1].get("tied_names", {})
         self._last_metrics: dict[int, dict[str, float]] = {}
         """Iteration -> metrics of its newest step."""
@@ -183,7 +185,7 @@ class SelfPlay:
             beside = [self._beside(self._play_opponent)]  # its pipeline starts up while the engines do
             self._wait_for_sampler()
             self._audit(Version(self._first), self._learner.result(probe))
-            if self._first and self._first - 1 not in self._metrics():  # it was put off when the session before ended
+            if self._first and self._prepared.heldout:  # put off when the session before ended, or seen by a guard that ended it
                 beside.append(self._start_evaluation(self._first - 1, {}))
             beside += self._release(self._first, {})
             for t in range(self._first, self._last):
@@ -319,6 +321,7 @@ class SelfPlay:
     def _load(self, weights: PublishedWeights) -> None:
         """Bring new weights to the samplers, once they owe nothing under the old ones. Raises WeightsLost."""
         self._overlap.wait_until_may_load(weights.version)
+        self._coming = weights.version.number
         for version, evaluation in list(self._evaluations.items()):
             if version < weights.version.number - 1:
                 evaluation.result()  # an evaluation is put off once, not for ever
@@ -367,9 +370,9 @@ class SelfPlay:
 
     def _release(self, version: int, trained: dict[str, Any]) -> list[Future]:
         """theta_version may play, and be evaluated in what time the play leaves; returns what goes on beside the main thread."""
+        self._open(Version(version))
         if self._hardware.learner_first:
             let_learner_go_first()  # every time: processes come and go
-        self._open(Version(version))
         beside = [self._start_evaluation(version, trained)]
         early = self._overlap.snapshot(version)
         played = [self._run.has_pairs(b.iteration, b.kind, b.index) for b in self._overlap.blocks_ahead(version + 1)] if early else []
@@ -419,7 +422,8 @@ class SelfPlay:
     def _evaluate(self, version: int, trained: dict[str, Any]) -> None:
         """Held-out metrics of theta_version; rides on the samplers, behind what they have to play.
 
-        What is not begun when theta_{version + 1} is there is put off until that has played: the main player must not wait for it.
+        What is not begun when the next weights are there is put off until they have played. It is put off once: if the samplers are the
+        slower player, the main player waits for it then.
         """
         metrics = self._metrics().get(version, {})
         if self._prepared.heldout and not metrics:
@@ -444,7 +448,8 @@ class SelfPlay:
         if before and not before.done():
             ray.get(self._pool.load_again.remote(self._on_disk(version - 1), Version(version)))
             before.result()
-            ray.get(self._pool.load_again.remote(self._on_disk(version), Version(version)))
+            if self._coming <= version:
+                ray.get(self._pool.load_again.remote(self._on_disk(version), Version(version)))
 
     def _on_disk(self, version: int) -> PublishedWeights:
         folder = str(self._run.model(version - 1)) if version else self._facts.path

@@ -20,6 +20,7 @@ from spin_ray.placement import Hardware, choose_hardware, learner_goes_first
 MIN_LOCAL_CPUS = 2
 
 RAYS_NICENESS = 15
+"""What Ray gives the processes of actors and tasks unless told otherwise."""
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
             log_to_driver=False, configure_logging=False,
             # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
             _system_config={
-                "idle_worker_killing_time_threshold_ms": 3_600_000, "worker_niceness": 0 if learner_first else RAYS_NICENESS,
+                "idle_worker_killing_time_threshold_ms": 3_600_000, **({"worker_niceness": 0} if learner_first else {}),
             },
         )
     yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner, learner_first=learner_first)
@@ -56,11 +57,12 @@ def let_learner_go_first() -> None:
     An ordinary user may lower a priority, not raise it; so all of them have been started with the learner's.
     """
     for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error, OSError):  # it has ended
+        with suppress(psutil.Error):  # it has ended
             title = " ".join(process.cmdline()[:1])
-            if title.startswith("ray::") and not title.startswith("ray::RayTrainWorker"):
+            if title.startswith("ray::") and not title.startswith(("ray::RayTrainWorker", "ray::IDLE")):  # idle ones may become a worker
                 for thread in process.threads():  # a process's niceness is its first thread's alone
-                    os.setpriority(os.PRIO_PROCESS, thread.id, RAYS_NICENESS)
+                    with suppress(OSError):
+                        os.setpriority(os.PRIO_PROCESS, thread.id, RAYS_NICENESS)
 
 
 def leave(code: int) -> None:

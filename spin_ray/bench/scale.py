@@ -91,7 +91,7 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     rates = [2 * num_prompts * (1 + (t > 0)) / seconds for t, seconds in enumerate(training_s)]
     run = RunDir.open(config, "run")
     os.environ["WANDB_MODE"] = "disabled"
-    with captured_output(run.logs / "driver.log"), ray_cluster(config):
+    with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
         play(config, run, speed, rates, num_prompts)
     windows = iteration_windows(read_spans(run.path))
     measured = windows[1][1] - windows[0][0]

@@ -65,7 +65,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]
         run_spin(config)
     else:
         rates = [PAIRS_PER_S] * options.iterations
-        with captured_output(run.logs / "driver.log"), ray_cluster(config):
+        with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
             play(config, run, PROMPTS_PER_S, rates, options.prompts, weights_mib=options.weights_mib)
     watch.join()
     return {name: values for name, values in found.items() if len(values) == options.iterations - 1}

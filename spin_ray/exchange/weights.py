@@ -47,20 +47,31 @@ def to_bucket(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:
 
 
 def from_folder(folder: Path, tied_names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a model's folder, or of a model on the hub that is in this node's cache, those of `tied_names` under both names."""
-    also = {first: second for second, first in tied_names.items()}
-    for path in _weight_files(folder):
+    """The tensors of a model's folder, or of a model on the hub, those of `tied_names` under both names.
+
+    Raises RuntimeError if there are none, or a tied weight under neither of its names: vLLM would keep what it has and say nothing.
+    """
+    files = _weight_files(folder)
+    where = {name: path for path in files for name in _names(path)}
+    also = {first if first in where else second: (first, second) for second, first in tied_names.items()}
+    if not where or also.keys() - where.keys():
+        raise RuntimeError(f"{folder}: {'no weights' if not where else f'no {sorted(also.keys() - where.keys())}'} in its *.safetensors")
+    for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys() - tied_names.keys():
-                tensor = file.get_tensor(name)
-                yield name, tensor
-                if name in also:
-                    yield also[name], tensor
+            for name in _names(path):  # in their order: vLLM keeps all tensors of a layer until it is complete
+                if name in also or not any(name in pair for pair in also.values()):
+                    tensor = file.get_tensor(name)
+                    yield from ((each, tensor) for each in also.get(name, (name,)))
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():  # a name on the model hub, whose files this node has loaded before
-        folder = Path(snapshot_download(str(folder), local_files_only=True))
+    if not folder.is_absolute() and not folder.is_dir():  # a name on the model hub; it is in this node's cache, or comes there
+        folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
     index = folder / "model.safetensors.index.json"
     if index.exists():  # beside its files some models bring the same weights in another format
         return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})

@@ -8,6 +8,7 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 | a request of the present version | a replica with room | answers of earlier requests; a replica that joins |
 | `load` | the replicas | the last answer that the present version owes; evaluation that no replica has begun is put off |
 | evaluation put off | its version | `load_again` |
+| `load_again` | the replicas | the last answer that the present version owes; a newer `load`, over which it does nothing |
 | a replica that joins late | the present weights | its own load of them, or if they are lost the next `load` or `saved` |
 | the heartbeat | a sign of life of a replica that owes something | the replica; or, past `heartbeat_timeout_s`, its new start |
 | all of them | | too many failures in a row: every present and later wait raises the first error |
@@ -166,7 +167,9 @@ class SamplerPool:
         self._newest = version
         """The last one that was asked for by `load`."""
         self._loads_waiting = 0
+        """Calls of `load` that are not done: evaluation must not begin."""
         self._loading = asyncio.Lock()
+        """One version at a time."""
         self._released = False
         self._weights: PublishedWeights | None = None
         self._lost: WeightsLost | None = None

@@ -168,7 +168,8 @@ def test_unfinished_run_goes_on_where_it_was(finished):
     assert [mark["stage"] for mark in manifest(run) if mark["stage"] in ("iteration", "finished")] == ["iteration", "iteration", "finished"]
     first_losses = [mark["report"]["first_loss"] for mark in manifest(run) if mark["stage"] == "iteration"]
     assert first_losses[1] == pytest.approx(0.693147, abs=1e-4)
-    nll = [[mark["metrics"]["real_nll_nats_per_token"] for mark in manifest(folder) if mark["stage"] == "evaluation"] for folder in (finished, run)]
+    name = "real_nll_nats_per_token"
+    nll = [[mark["metrics"][name] for mark in manifest(folder) if mark["stage"] == "evaluation"] for folder in (finished, run)]
     assert len(nll[1]) == 3 and nll[1][:2] == pytest.approx(nll[0][:2], abs=1e-5)  # theta_0 came back to be evaluated
     assert (run / "wandb_id").read_text() == (finished / "wandb_id").read_text()
 

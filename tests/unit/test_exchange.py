@@ -66,7 +66,7 @@ def test_a_model_s_folder_gives_each_weight_once_and_a_tied_one_under_both_names
     assert sorted(name for name, _ in from_folder(tmp_path, {"head": "embed"})) == ["embed", "head", "norm"]
     save_file({"embed": embed, "head": embed.clone()}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"norm": norm}, tmp_path / "model-00002-of-00002.safetensors")
-    files = {"embed": "model-00001-of-00002.safetensors", "head": "model-00001-of-00002.safetensors", "norm": "model-00002-of-00002.safetensors"}
+    files = {name: f"model-0000{part}-of-00002.safetensors" for name, part in (("embed", 1), ("head", 1), ("norm", 2))}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     found = list(from_folder(tmp_path, {"head": "embed"}))
     assert sorted(name for name, _ in found) == ["embed", "head", "norm"]
@@ -81,7 +81,18 @@ def test_a_model_of_the_hub_is_read_from_the_cache(tmp_path, monkeypatch):
     refs.mkdir()
     (refs / "main").write_text("abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert [(name, tensor.tolist()) for name, tensor in from_folder(Path("house/small"), {})] == [("norm", [1.0, 1.0])]
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError, match="house/small: no weights in its"):
+        list(from_folder(Path("house/small"), {}))
+
+
+def test_a_tied_weight_may_have_either_name_but_must_have_one(tmp_path):
+    save_file({"head": torch.ones(2), "norm": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert sorted(name for name, _ in from_folder(tmp_path, {"head": "embed"})) == ["embed", "head", "norm"]
+    with pytest.raises(RuntimeError, match=r"no \['lm_head'\] in its"):
+        list(from_folder(tmp_path, {"lm_head": "embed"}))
 
 
 def test_audit_reports_and_stops():

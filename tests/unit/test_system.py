@@ -48,4 +48,4 @@ def test_all_actors_but_the_learner_s_workers_step_back():
             process.kill()
             process.wait()
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert niceness == [own, RAYS_NICENESS, RAYS_NICENESS, own]
+    assert niceness == [own, RAYS_NICENESS, own, own]
