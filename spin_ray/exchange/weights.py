@@ -51,17 +51,20 @@ def from_folder(folder: Path, tied_names: Mapping[str, str]) -> Iterator[tuple[s
 
     Raises RuntimeError if there are none, or a tied weight under neither of its names: vLLM would keep what it has and say nothing.
     """
-    files = _weight_files(folder)
-    where = {name: path for path in files for name in _names(path)}
-    also = {first if first in where else second: (first, second) for second, first in tied_names.items()}
-    if not where or also.keys() - where.keys():
-        raise RuntimeError(f"{folder}: {'no weights' if not where else f'no {sorted(also.keys() - where.keys())}'} in its *.safetensors")
-    for path in files:
+    names = {path: _names(path) for path in _weight_files(folder)}
+    every = {name for in_file in names.values() for name in in_file}
+    if not every:
+        raise RuntimeError(f"{folder}: no weights in its *.safetensors")
+    twice = {first if first in every else second: (first, second) for second, first in tied_names.items()}
+    if missing := sorted(twice.keys() - every):
+        raise RuntimeError(f"{folder}: no {missing} in its *.safetensors")
+    repeated = {name for pair in twice.values() for name in pair} - twice.keys()
+    for path, in_file in names.items():
         with safe_open(path, framework="pt") as file:
-            for name in _names(path):  # in their order: vLLM keeps all tensors of a layer until it is complete
-                if name in also or not any(name in pair for pair in also.values()):
+            for name in in_file:  # in their order: vLLM keeps all tensors of a layer until it is complete
+                if name not in repeated:
                     tensor = file.get_tensor(name)
-                    yield from ((each, tensor) for each in also.get(name, (name,)))
+                    yield from ((each, tensor) for each in twice.get(name, (name,)))
 
 
 def _names(path: Path) -> list[str]:

@@ -65,7 +65,7 @@ def test_outputs_are_all_there(finished):
     stages = [mark["stage"] for mark in manifest(finished)]
     assert [stage for stage in stages if stage not in ("checksums", "evaluation")] == ["prepared", "iteration", "iteration", "finished"]
     assert [mark["version"] for mark in manifest(finished) if mark["stage"] == "evaluation"] == [0, 1, 2]
-    assert stages.count("checksums") == 2
+    assert stages.count("checksums") == 2 and stages[-1] == "finished"
     for name in ("config.json", "metrics.jsonl", "logs/sampler-0.log", "logs/sampler-1.log", "logs/learner-0.log", "logs/driver.log"):
         assert (finished / name).stat().st_size > 0, name
     assert list(finished.glob("wandb/offline-run-*/run-*.wandb"))
