@@ -50,6 +50,8 @@ class ModelConfig:
     """Weights in sampler and learner's forward: float32, bfloat16, or auto (bfloat16 on GPUs, else float32)."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model."""
+    chat_template: str = ""
+    """Chat template in place of the tokenizer's: a Jinja file, or the name of a shipped one; empty: the tokenizer's own."""
 
 
 @dataclass
@@ -59,7 +61,11 @@ class DataConfig:
     eval: str = ""
     """Held-out data in any of these forms, or demo:heldout; empty: no evaluation."""
     split: str = "train"
-    """Split to read of a hub data set."""
+    """Split of data.train, where that has several: a hub data set, or a folder of one."""
+    eval_split: str = ""
+    """The same for data.eval; empty: as data.split."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns of a row, and keys of a message, that do not belong to the dialogue. Any that is neither known nor named here is refused."""
     turns: str = "last"
     """Which assistant turns of a dialogue become y: last, first or all. The prompt is everything before that turn."""
     max_prompts: int = 0
