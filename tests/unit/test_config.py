@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.config import Config, differences, flatten, load_config, to_json
+from spin_ray.config import Config, RunConfig, differences, flatten, load_config, to_json
+from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 
 CONF = Path(__file__).parents[2] / "conf"
+GIVEN = ["model.path=some/model", "data.train=some.jsonl"]
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def test_contract_keys_exist():
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads_and_holds_only_what_differs(path):
-    config, origin = load_config(path)
+    config, origin = load_config(path, GIVEN if path.name == "own.yaml" else ())
     values, defaults = flatten(config), flatten(Config())
     same = [key for key, source in origin.items() if source == str(path) and values[key] == defaults[key]]
     assert not same, f"{path.name} repeats defaults: {same}"
@@ -74,11 +76,30 @@ def test_bad_values_get_one_clear_line(minimal, override, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text, given, missing", [
+    ((CONF / "own.yaml").read_text(), [], "model.path and data.train are"), ((CONF / "own.yaml").read_text(), GIVEN[:1], "data.train is"),
+    ("model: {path: ''}\n", GIVEN[1:], "model.path is"),
+    ("run: {name: '???'}\nlearner: {batch_pairs: '???'}\n", GIVEN, "run.name and learner.batch_pairs are"),
+])
+def test_all_keys_that_are_still_to_be_given_are_named_at_once(tmp_path, text, given, missing):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(BadInput, match=r"own\.yaml: " + missing + r" not set \(\?\?\? there is a placeholder\)") as caught:
+        load_config(tmp_path / "own.yaml", given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_home_s_tilde_is_expanded_wherever_a_path_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/model") == f"{tmp_path}/model" and resolve("owner/name") == "owner/name" and resolve("~nobody-here/x") == "~nobody-here/x"
+    assert Config(run=RunConfig(dir="~/runs", name="a")).run_path == tmp_path / "runs/a"
+    assert Config(run=RunConfig(dir="s3://bucket", scratch="~/big")).run_path.is_relative_to(tmp_path / "big")
+
+
 def test_a_key_without_a_value_is_the_empty_text(minimal):
     assert load_config(minimal, ["data.eval="])[0].data.eval == ""
 
 
-@pytest.mark.parametrize("text, message", [("- a\n- b\n", "this one holds a list"), ("", "model.path is not set; give it in the file or as")])
+@pytest.mark.parametrize("text, message", [("- a\n- b\n", "this one holds a list"), ("", "model.path and data.train are not set")])
 def test_files_that_are_no_config(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(BadInput, match=message):

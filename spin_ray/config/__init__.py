@@ -1,0 +1,24 @@
+"""Every setting of a run: names, types, defaults and what they mean. YAML files hold only what differs.
+
+Each file has one or two sections: the keys, each with its unit, its default and its limits, and below them what else a section
+checks. `schema.py` puts the sections together and checks across them, `load.py` is the only way from a file to a `Config`.
+A config is read once, checked, saved with the run and never written again. Importing it imports neither torch nor ray.
+"""
+
+from spin_ray.config.guard import AuditConfig, GuardConfig
+from spin_ray.config.inputs import DataConfig, ModelConfig
+from spin_ray.config.learner import LearnerConfig
+from spin_ray.config.load import load_config
+from spin_ray.config.overlap import OverlapConfig, ReferenceConfig
+from spin_ray.config.run import RunConfig
+from spin_ray.config.sampler import SamplerConfig
+from spin_ray.config.schema import Config, check
+from spin_ray.config.spin import SftConfig, SpinConfig
+from spin_ray.config.tracking import TrackingConfig, WandbConfig
+from spin_ray.config.values import differences, flatten, to_json
+
+__all__ = [
+    "AuditConfig", "Config", "DataConfig", "GuardConfig", "LearnerConfig", "ModelConfig", "OverlapConfig", "ReferenceConfig",
+    "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig", "WandbConfig",
+    "check", "differences", "flatten", "load_config", "to_json",
+]

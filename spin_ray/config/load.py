@@ -1,0 +1,85 @@
+"""From a YAML file and the command line to a checked config. With the sections' MISSING, all that touches OmegaConf."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spin_ray.config.schema import REQUIRED, Config, check
+from spin_ray.config.values import flatten
+from spin_ray.errors import BadInput
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """Read a YAML file and `key=value` overrides onto the defaults.
+
+    Returns the config and, for every dotted key, where its value came from: "default", the file, or "command line".
+    Raises BadInput for an unreadable file, an unknown key (naming the nearest known one), or a value that makes no sense.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such config file; the shipped ones are in conf/")
+    try:
+        in_file = OmegaConf.load(path)
+    except Exception as error:  # the YAML reader's errors have no common base
+        raise BadInput(f"{path}: not a readable YAML file: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(in_file):
+        raise BadInput(f"{path}: a config file holds keys and values, such as run: and model:; this one holds a list")
+    for override in overrides:
+        if "=" not in override:
+            raise BadInput(f"{override}: an override has the form key=value, for example spin.beta=0.1")
+    given = [f"{override}''" if override.endswith("=") else override for override in overrides]  # key= is the empty text
+    return _merge([(str(path), in_file), ("command line", OmegaConf.from_dotlist(given))])
+
+
+def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:
+    known, origin = flatten(Config()), {}
+    for source, layer in layers:
+        for key in _leaves(layer):
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise BadInput(f"{source}: unknown key {key}; the nearest known key is {near}")
+            origin[key] = source
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *[layer for _, layer in layers])
+        _refuse_missing(merged, layers)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise BadInput(f"{_one_line(error)}{_where(error, origin)}") from error
+    check(config)
+    return config, {key: origin.get(key, "default") for key in known}
+
+
+def _refuse_missing(merged: Any, layers: list[tuple[str, Any]]) -> None:
+    """Name every key that must be given and is not, or that a file leaves to be given by ???."""
+    missing: set[str] = set()
+    for _, layer in layers:
+        missing = missing - set(_leaves(layer)) | OmegaConf.missing_keys(layer)
+    missing |= {key for key in REQUIRED if key in OmegaConf.missing_keys(merged) or OmegaConf.select(merged, key) == ""}
+    if missing:
+        names = [key for key in flatten(Config()) if key in missing]
+        are, them = ("is", "it") if len(names) == 1 else ("are", "them")
+        raise BadInput(
+            f"{layers[0][0]}: {' and '.join(names)} {are} not set (??? there is a placeholder); give {them} in the file or as "
+            f"{' '.join(f'{key}=...' for key in names)}"
+        )
+
+
+def _leaves(layer: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of an OmegaConf node, down to what is a value of the schema (a list is a value)."""
+    if not OmegaConf.is_dict(layer):
+        return [prefix.rstrip(".")] if prefix else []
+    return [leaf for key in layer for leaf in (_leaves(layer._get_node(key), f"{prefix}{key}.") or [f"{prefix}{key}"])]
+
+
+def _where(error: OmegaConfBaseException, origin: dict[str, str]) -> str:
+    key = getattr(error, "full_key", None)
+    return f" (key {key}, from {origin.get(key, 'default')})" if key else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split("full_key")[0].split())

@@ -1,0 +1,36 @@
+"""The opponent: how it answers, on what, and when a replica counts as lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spin_ray.config.keys import at_least, within
+
+
+@dataclass
+class SamplerConfig:
+    num_replicas: int = at_least(1, 1)
+    """Opponent sampler actors, each with an engine of its own."""
+    tensor_parallel_size: int = at_least(1, 1)
+    """GPUs that share one replica's model."""
+    gpus_per_replica: int | None = at_least(0, None)
+    """None: tensor_parallel_size when the cluster has GPUs, else 0."""
+    cpus_per_replica: float = at_least(0, 0.5)
+    temperature: float = at_least(0, 1.0)
+    top_p: float = within("(0, 1]", 1.0)
+    max_new_tokens: int = at_least(1, 256)
+    """Longest generated answer, in tokens."""
+    block_prompts: int = at_least(1, 64)
+    """Prompts in one block: the unit of work, of durability and of streaming."""
+    max_num_seqs: int = at_least(1, 256)
+    """Answers that one engine writes at the same time."""
+    request_timeout_s: float = at_least(1, 1800.0)
+    """Seconds after which a replica that still owes an answer counts as hanging, and is started anew."""
+    heartbeat_timeout_s: float = at_least(0, 300.0)
+    """Seconds without a sign of life of a replica that owes answers, or that its engine is at one step, after which it counts as
+    hanging; 0: only `request_timeout_s` tells."""
+    max_restarts: int = at_least(0, 5)
+    """Restarts of replicas that are put up with within `restart_window_s`; one more stops the run with the first error."""
+    restart_window_s: float = at_least(0, 600.0)
+    gpu_memory_utilization: float = within("(0, 1]", 0.9)
+    """Share of a GPU's memory for the engine."""

@@ -1,0 +1,75 @@
+"""All sections together, and what holds across them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from spin_ray.config.guard import AuditConfig, GuardConfig
+from spin_ray.config.inputs import DataConfig, ModelConfig
+from spin_ray.config.keys import check_limits
+from spin_ray.config.learner import LearnerConfig
+from spin_ray.config.overlap import OverlapConfig, ReferenceConfig
+from spin_ray.config.run import RunConfig
+from spin_ray.config.sampler import SamplerConfig
+from spin_ray.config.spin import SftConfig, SpinConfig
+from spin_ray.config.tracking import TrackingConfig
+from spin_ray.errors import BadInput
+
+REQUIRED = ("model.path", "data.train")
+"""What every command needs and nobody can guess."""
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    spin: SpinConfig = field(default_factory=SpinConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def on_object_store(self) -> bool:
+        return self.run.on_object_store
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder; on an object store the one that stands for it on every node."""
+        return self.run.path
+
+    def beta(self, iteration: int) -> float:
+        return _one_of(self.spin.beta, iteration)
+
+    def lr(self, iteration: int) -> float:
+        return _one_of(self.spin.lr, iteration)
+
+    def num_steps(self, num_pairs: int, num_epochs: int) -> int:
+        """Optimizer steps on so many pairs: every epoch ends with a batch of its own, however small."""
+        steps = num_epochs * -(-num_pairs // self.learner.batch_pairs)
+        return min(steps, self.run.max_steps or steps)
+
+
+def check(config: Config) -> None:
+    """Raise BadInput for the first value that makes no sense, with the arithmetic in the message."""
+    check_limits(config)
+    for entry in fields(config):
+        section = getattr(config, entry.name)
+        if hasattr(section, "check"):
+            section.check()
+    if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":
+        raise BadInput(
+            "overlap.mode=lookahead does not go with reference.scorer=learner: blocks are played ahead so that training can start "
+            "at once, but that scorer starts only when all blocks are there; choose opponent or frozen"
+        )
+
+
+def _one_of(value: Any, iteration: int) -> float:
+    return float(value[iteration] if isinstance(value, list) else value)

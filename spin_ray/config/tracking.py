@@ -1,0 +1,21 @@
+"""Where metrics go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spin_ray.config.keys import at_least, one_of
+
+
+@dataclass
+class WandbConfig:
+    mode: str = one_of("offline", choices=("online", "offline", "disabled"))
+    """online, offline or disabled; the environment's WANDB_MODE wins."""
+    project: str = "spin_ray"
+    entity: str = ""
+
+
+@dataclass
+class TrackingConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    log_every_steps: int = at_least(1, 1)
