@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from spin_ray.chat import ChatFormat
-from spin_ray.config import DataConfig
-from spin_ray.data import counted, load_prompts, to_messages
+from spin_ray.config import Config, DataConfig
+from spin_ray.data import counted, load_both, load_prompts, progress, to_messages
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 
@@ -249,3 +250,167 @@ def test_fuzz_bytes_called_parquet(tmp_path, chat, content):
     path = tmp_path / "fuzz.parquet"
     path.write_bytes(b"PAR1" + content + b"PAR1")
     loads_or_says_one_line(path, chat)
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ '<|system|>' + tools | tojson + '<|end|>' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% if message.reasoning_content %}{{ '(' + message.reasoning_content + ')' }}{% endif %}"
+    "{{ message['content'] }}{% for call in message.tool_calls or [] %}{{ '[' + call.function.name + call.function.arguments | tojson + ']' }}{% endfor %}"
+    "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tools_chat():
+    tokenizer = AutoTokenizer.from_pretrained(resolve("demo:base"))
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    return ChatFormat(tokenizer)
+
+
+def text(chat, prompt):
+    """A prompt and its answer with their special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("demo:base"))
+    return tokenizer.decode(prompt.prompt_ids), tokenizer.decode(prompt.real_ids)
+
+
+CALL = {"type": "function", "function": {"name": "w", "arguments": {"c": "Oslo"}}}
+TOOLS = [{"type": "function", "function": {"name": "w", "parameters": {}}}]
+
+
+def test_tools_tool_calls_and_thoughts_reach_the_template(tmp_path, tools_chat):
+    row = {"tools": TOOLS, "messages": [
+        {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "12 C"}, {"role": "assistant", "content": "It is 12 C.", "reasoning_content": "so"},
+    ]}
+    [prompt], counts = load(jsonl(tmp_path, row), tools_chat, turns="all")
+    assert text(tools_chat, prompt) == (
+        '<|system|>[{"type": "function", "function": {"name": "w", "parameters": {}}}]<|end|><|user|>Weather?<|end|>'
+        '<|assistant|>[w{"c": "Oslo"}]<|end|><|tool|>12 C<|end|><|assistant|>', "(so)It is 12 C.<|end|>",
+    )
+    assert counts["turns_that_only_call_tools"] == 1 and counts["kept"] == 1
+
+
+def test_a_turn_with_text_and_a_call_is_trained_on_with_both(tmp_path, tools_chat):
+    row = {"messages": [USER, {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]}]}
+    [prompt], _ = load(jsonl(tmp_path, row), tools_chat)
+    assert text(tools_chat, prompt) == ("<|user|>Hi<|end|><|assistant|>", 'Let me see.[w{"c": "Oslo"}]<|end|>')
+
+
+@pytest.mark.parametrize("row, name", [
+    ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "reasoning_content"),
+    ({"messages": [{**USER, "mood": "glad"}, ASSISTANT]}, "mood"),
+    ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "12 C"}, ASSISTANT]}, "tool_calls"),
+    ({"messages": [USER, ASSISTANT], "tools": TOOLS}, "tools"),
+])
+def test_what_the_template_does_not_use_is_refused_by_its_name(tmp_path, chat, row, name):
+    with pytest.raises(BadInput, match=f"line 1: .*{name}"):
+        load(jsonl(tmp_path, row), chat)
+
+
+def test_what_was_passed_over_is_in_the_count_line(tmp_path, chat):
+    rows = [{"prompt": f"Hi {k}", "chosen": "good", "rejected": "bad", "source": "x", "mood": "glad"} for k in range(3)]
+    path = jsonl(tmp_path, *rows, {"prompt": "Bye", "response": "Bye", "source": "y"})
+    _, counts = load(path, chat, ignore_columns=["mood"])
+    assert counted("my.jsonl", counts) == (
+        "my.jsonl: rows 4, kept 4, answers from chosen 3, duplicates 0; ignored columns: mood 3, rejected 3, source 4"
+    )
+
+
+BAD_TURN = {"messages": [USER, ASSISTANT, USER, {"role": "assistant", "content": " "}, USER, {"role": "assistant", "content": "a<|end|>b"}, USER, {"role": "assistant", "content": "Bye"}]}
+
+
+def test_with_all_turns_a_bad_turn_goes_and_its_dialogue_stays(tmp_path, chat):
+    path = jsonl(tmp_path, BAD_TURN, {"messages": [USER, {"role": "assistant", "content": ""}]})
+    prompts, counts = load(path, chat, turns="all", bad_rows="drop")
+    assert sorted(chat.decode(p.real_ids) for p in prompts) == ["Bye", "Hello"]
+    assert counts == {"rows": 2, "kept": 2, "dropped_bad_turns": 2, "dropped_bad": 1, "duplicates": 0}
+    assert "warning: 3 rows or turns dropped, see data.bad_rows" in counted("x", counts)
+    with pytest.raises(BadInput, match="line 1: empty answer"):
+        load(path, chat, turns="all")
+
+
+def test_the_first_bad_row_is_told_where_bad_rows_are_dropped(tmp_path, chat):
+    said = []
+    path = jsonl(tmp_path, {"prompt": "Hi", "response": "Hello"}, {"prompt": "Hi", "response": "Hello", "images": ["a"]}, {"text": "x"})
+    load_prompts(str(path), DataConfig(train="x", bad_rows="drop"), chat, seed=0, say=said.append)
+    [line] = said
+    assert line.startswith(f"{path} line 2: column images holds pictures") and line.endswith("(the first of 2 dropped rows)")
+
+
+def config(**options):
+    return Config(data=DataConfig(**options))
+
+
+def both(chat, said=None, **options):
+    return load_both(config(**options), chat, (said if said is not None else []).append)
+
+
+def test_held_out_rows_come_from_their_own_split(tmp_path, chat):
+    rows = [{"prompt": f"Hi {k}", "response": "Hello"} for k in range(4)]
+    DatasetDict(train=Dataset.from_list(rows[:3]), test=Dataset.from_list(rows[3:])).save_to_disk(tmp_path / "set")
+    source = str(tmp_path / "set")
+    loaded = both(chat, train=source, eval=source, eval_split="test")
+    assert texts(loaded.heldout, chat) == [("Hi 3", "Hello")] and len(loaded.train) == 3 and loaded.heldout_counts["rows"] == 1
+    assert len(load_prompts(source, DataConfig(train="x"), chat, seed=0, split="test")[0]) == 1
+    for eval_split in ("", "train"):
+        with pytest.raises(BadInput, match=r"the same rows as data.train .*data.split=train, data.eval_split=train") as caught:
+            both(chat, train=source, eval=f"{source}/../set", eval_split=eval_split)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match=r"data.eval_split=test: there is no data.eval"):
+        both(chat, train=source, eval_split="test")
+
+
+def test_the_same_file_for_both_is_refused_by_whatever_path(tmp_path, chat, monkeypatch):
+    path = jsonl(tmp_path, {"prompt": "Hi", "response": "Hello"})
+    (tmp_path / "link.jsonl").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for other in (str(path), "data.jsonl", "./data.jsonl", "link.jsonl"):
+        with pytest.raises(BadInput, match=r"the same rows as data.train"):
+            both(chat, train=str(path), eval=other, eval_split="test")
+
+
+def test_held_out_rows_that_are_trained_on_are_counted_and_warned_of(tmp_path, chat):
+    rows = [{"prompt": f"Hi {k}", "response": "Hello"} for k in range(6)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    heldout = jsonl(tmp_path, *rows[3:], {"prompt": "Hi 0", "response": "Bye"}, {"prompt": "Hi 1", "response": "Bye"})
+    said = []
+    loaded = both(chat, said, train=str(tmp_path / "train.jsonl"), eval=str(heldout))
+    assert loaded.heldout_counts["also_trained_on"] == 1 and loaded.heldout_counts["prompt_also_trained_on"] == 2
+    assert said[-1].startswith(f"warning: of 5 held-out rows of {heldout}, 1 are also training rows and 2 have a training row's prompt with another answer")
+    said.clear()
+    both(chat, said, train=str(tmp_path / "train.jsonl"), eval=str(heldout), max_prompts=1)  # counted is what is trained on
+    assert sum("warning" in line for line in said) <= 1 and "are also training rows and 3" not in said[-1]
+    both(chat, said := [], train="demo:train", eval="demo:heldout")
+    assert len(said) == 2 and all(line.startswith("demo:") for line in said)
+
+
+def test_a_long_reading_shows_how_far_it_is_and_a_short_one_nothing(tmp_path, chat, monkeypatch):
+    path = jsonl(tmp_path, *[{"prompt": f"Hi {k}", "response": "Hello"} for k in range(1200)])
+    monkeypatch.setattr(progress, "QUIET_S", 60.0)  # a busy machine may need more than two seconds
+    shown = []
+    load_prompts(str(path), DataConfig(train="x", max_prompt_tokens=40), chat, seed=0, show=shown.append)
+    assert shown == []
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    shown.clear()
+    load_prompts(str(path), DataConfig(train="x"), chat, seed=0, show=shown.append)
+    assert shown == [f"reading {path}: 500 rows", f"reading {path}: 1,000 rows", f"reading {path}: 1,200 rows", ""]
+
+
+def test_the_order_is_that_of_one_permutation_whatever_the_file(tmp_path, chat):
+    """Golden: numpy's permutation of 7 with seed 3, so that a run that was begun earlier goes on with the same prompts."""
+    path = jsonl(tmp_path, *[{"prompt": f"q{k}", "response": "Hello"} for k in range(7)])
+    prompts, _ = load_prompts(str(path), DataConfig(train="x"), chat, seed=3)
+    assert [chat.decode(p.prompt_ids) for p in prompts] == [f"q{k}" for k in np.random.default_rng(3).permutation(7)]
+    few, _ = load_prompts(str(path), DataConfig(train="x"), chat, seed=3, limit=2)
+    assert [p.prompt_ids.tolist() for p in few] == [p.prompt_ids.tolist() for p in prompts[:2]]
+    assert all(p.prompt_ids.dtype == np.int32 and p.real_ids.dtype == np.int32 for p in prompts)
+
+
+def test_rows_around_the_border_of_a_batch_are_all_there(tmp_path, chat):
+    for number in (499, 500, 501):
+        path = jsonl(tmp_path, *[{"prompt": f"q{k}", "response": "Hello"} for k in range(number)])
+        prompts, counts = load(path, chat)
+        assert len(prompts) == counts["rows"] == number
+    with pytest.raises(BadInput, match="line 501: empty answer"):
+        load(jsonl(tmp_path, *[{"prompt": f"q{k}", "response": "Hello" if k < 500 else ""} for k in range(501)]), chat)

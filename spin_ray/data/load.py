@@ -1,0 +1,252 @@
+"""Sources of rows -> prompts as token ids, with every row accounted for.
+
+A row becomes one `Prompt` per chosen assistant turn. Nothing disappears silently: every row is kept, refused with its place in the
+file, or counted under the name of the rule that dropped it; every column that was passed over is counted by its name.
+
+Memory: rows are read, and tokenised, `BATCH_ROWS` at a time. What stays of a row is its ids in one flat array, 4 bytes a token,
+and 16 bytes that stand for it among the duplicates; the prompts are views of the flat array.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from spin_ray.chat import ChatFormat, Row
+from spin_ray.config import Config, DataConfig
+from spin_ray.data.choice import Chosen, choose
+from spin_ray.data.columns import count_ignored
+from spin_ray.data.files import read_rows, same_rows
+from spin_ray.data.progress import Progress
+from spin_ray.data.rows import read_dialogue
+from spin_ray.errors import BadInput
+from spin_ray.records import Prompt
+
+KEYS_THAT_DROP = {
+    "dropped_long_prompt": "data.max_prompt_tokens", "dropped_long_answer": "data.max_answer_tokens",
+    "dropped_bad": "data.bad_rows", "dropped_bad_turns": "data.bad_rows",
+}
+MANY = 0.1
+"""More dropped rows than this share of all get a warning."""
+BATCH_ROWS = 500
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The prompts of a run, and what became of the rows."""
+
+    train: list[Prompt]
+    heldout: list[Prompt]
+    """Empty without data.eval."""
+    train_counts: dict[str, int]
+    heldout_counts: dict[str, int]
+
+
+def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = None) -> Loaded:
+    """Training and held-out prompts; `say` gets a line on each, and a warning if rows of one are in the other.
+
+    Raises BadInput if data.train and data.eval are the same rows, and for whatever `load_prompts` refuses.
+    """
+    data, split = config.data, config.data.eval_split or config.data.split
+    if data.eval and same_rows(data.train, data.split, data.eval, split):
+        raise BadInput(
+            f"data.eval={data.eval}: the same rows as data.train (data.split={data.split}, data.eval_split={split}); "
+            "give other rows as held-out data, or data.eval= for none"
+        )
+    if data.eval_split and not data.eval:
+        raise BadInput(f"data.eval_split={data.eval_split}: there is no data.eval whose split it could be; give data.eval too")
+    train, counts = load_train(config, chat, say, show)
+    if not data.eval:
+        return Loaded(train, [], counts, {})
+    heldout, heldout_counts = load_prompts(
+        data.eval, data, chat, seed=config.run.seed, limit=data.max_eval_prompts, split=split, say=say, show=show
+    )
+    say(counted(data.eval, heldout_counts))
+    heldout_counts |= _warn_of_overlap(train, heldout, data, say)
+    return Loaded(train, heldout, counts, heldout_counts)
+
+
+def load_train(config: Config, chat: ChatFormat, say: Say, show: Say | None = None) -> tuple[list[Prompt], dict[str, int]]:
+    """`load_prompts` of data.train, and a line for the user."""
+    data = config.data
+    prompts, counts = load_prompts(data.train, data, chat, seed=config.run.seed, limit=data.max_prompts, say=say, show=show)
+    say(counted(data.train, counts))
+    return prompts, counts
+
+
+def load_prompts(
+    source: str, config: DataConfig, chat: ChatFormat, *, seed: int, limit: int = 0, split: str = "",
+    say: Say | None = None, show: Say | None = None,
+) -> tuple[list[Prompt], dict[str, int]]:
+    """Read and tokenise `source`; returns prompts in seeded order and the count of rows under every rule.
+
+    `prompt_id` is the position in the returned list. `limit` > 0 keeps the first that many. `split` is data.split if empty.
+    `say` gets the first of the rows that were dropped as bad; `show` how far a long reading has got, each in place of the last.
+    Raises BadInput naming file and line for the first row a rule refuses, or if nothing is left.
+    """
+    rows, loading = read_rows(source, split or config.split), _Loading(config, chat)
+    with Progress(source, show) as progress:
+        while batch := list(itertools.islice(rows, BATCH_ROWS)):
+            loading.add(batch)
+            progress.at(loading.counts["rows"])
+    counts = loading.counts
+    if say and loading.first_bad:
+        say(f"{loading.first_bad} (the first of {counts['dropped_bad'] + counts['dropped_bad_turns']} dropped rows)")
+    if not len(loading):
+        raise BadInput(f"{counted(source, counts)}; no usable row is left" + (f": {loading.first_bad}" if loading.first_bad else ""))
+    prompts = loading.prompts(np.random.default_rng(seed).permutation(len(loading))[: limit or None])
+    counts["kept"] = len(prompts)
+    return prompts, dict(counts) | dict(loading.notes)
+
+
+def first_rows(source: str, config: DataConfig, split: str, count: int) -> list[Row]:
+    """The first dialogues of a source, as `ChatFormat.encode_many` takes them; rows that a rule refuses are passed over."""
+    chosen = (_chosen(row, config) for _, row in read_rows(source, split))
+    requests = (request for one in chosen if isinstance(one, Chosen) for request in one.requests())
+    return list(itertools.islice(requests, count))
+
+
+def _chosen(row: Mapping[str, Any], config: DataConfig) -> Chosen | ValueError:
+    try:
+        return choose(read_dialogue(row, config.ignore_columns), config.turns)
+    except ValueError as error:
+        return error
+
+
+def counted(source: str, counts: Mapping[str, int]) -> str:
+    """One line for the user: what became of a source's rows, and which columns were passed over."""
+    ignored = {name.removeprefix("ignored "): number for name, number in counts.items() if name.startswith("ignored ")}
+    rules = {name.replace("_", " "): number for name, number in counts.items() if not name.startswith("ignored ")}
+    line = f"{source}: " + ", ".join(f"{name} {number}" for name, number in rules.items())
+    if ignored:
+        line += "; ignored columns: " + ", ".join(f"{name} {number}" for name, number in ignored.items())
+    dropped = sum(number for name, number in counts.items() if name.startswith("dropped"))
+    if dropped > MANY * counts.get("rows", 0):
+        turns = " or turns" if counts.get("dropped_bad_turns") else ""
+        keys = dict.fromkeys(KEYS_THAT_DROP[name] for name in counts if name in KEYS_THAT_DROP)
+        line += f"; warning: {dropped} rows{turns} dropped, see {', '.join(keys)}"
+    return line
+
+
+class _Loading:
+    """The rows that have been read so far: what is kept of each, and how they are counted."""
+
+    def __init__(self, config: DataConfig, chat: ChatFormat) -> None:
+        self._config, self._chat = config, chat
+        self.counts: Counter[str] = Counter(rows=0, kept=0)
+        self.notes: Counter[str] = Counter()
+        """What the chat format has to say of the dialogues."""
+        self.first_bad = ""
+        self._ids, self._ends = array("i"), array("q", [0])
+        """All ids, prompt behind answer behind prompt, and where each ends."""
+        self._answers: list[str | None] = []
+        self._seen: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def add(self, rows: Sequence[tuple[str, Any]]) -> None:
+        """Take the next rows in. Raises BadInput for the first that a rule refuses."""
+        read = [_chosen(row, self._config) for _, row in rows]
+        requests = [request for chosen in read if isinstance(chosen, Chosen) for request in chosen.requests()]
+        encoded = iter(self._chat.encode_many(requests, self.notes))
+        for (where, _), chosen in zip(rows, read, strict=True):
+            self.counts["rows"] += 1
+            if isinstance(chosen, ValueError):
+                self._drop_bad(where, [chosen], "dropped_bad")
+            else:
+                self._take(where, chosen, [chosen.problem(place) or next(encoded) for place in chosen.places])
+
+    def _take(self, where: str, chosen: Chosen, encoded: Sequence[tuple[Sequence[int], Sequence[int]] | ValueError]) -> None:
+        count_ignored(self.counts, chosen.dialogue.ignored)
+        bad = [item for item in encoded if isinstance(item, ValueError)]
+        if bad:
+            self._drop_bad(where, bad, "dropped_bad" if len(bad) == len(encoded) else "dropped_bad_turns")
+        if len(bad) == len(encoded):
+            return
+        self.counts.update(chosen.skipped)  # adds
+        if chosen.dialogue.preferred:
+            self.counts["answers_from_chosen"] += 1
+        for item in encoded:
+            if not isinstance(item, ValueError):
+                self._keep(where, *item, chosen.dialogue.answer)
+
+    def _drop_bad(self, where: str, errors: Sequence[ValueError], rule: str) -> None:
+        what = f"{where}: {_printable(errors[0])}"
+        if self._config.bad_rows == "refuse":
+            raise BadInput(f"{what}; data.bad_rows=drop counts and drops such rows") from errors[0]
+        self.first_bad = self.first_bad or what
+        self.counts[rule] += 1 if rule == "dropped_bad" else len(errors)
+
+    def _keep(self, where: str, prompt_ids: Sequence[int], real_ids: Sequence[int], answer: str | None) -> None:
+        rule = _too_long(prompt_ids, real_ids, self._config)
+        if rule and self._config.long_rows == "refuse":
+            raise BadInput(f"{where}: {rule}; data.long_rows=drop counts and drops such rows")
+        if rule:
+            self.counts["dropped_long_prompt" if rule.startswith("prompt") else "dropped_long_answer"] += 1
+            return
+        key = _digest(prompt_ids, real_ids)
+        self.counts["duplicates"] += key in self._seen
+        if key in self._seen and self._config.duplicate_rows == "drop":
+            return
+        self._seen.add(key)
+        for ids in (prompt_ids, real_ids):
+            self._ids.extend(ids)
+            self._ends.append(len(self._ids))
+        self._answers.append(answer)
+
+    def prompts(self, order: Sequence[int]) -> list[Prompt]:
+        """The prompts at these places; views of one array, unless most of it would be kept for nothing."""
+        ids, ends = np.frombuffer(self._ids, np.int32), self._ends
+        few = len(order) < len(self) / 2
+
+        def part(k: int) -> np.ndarray:
+            view = ids[ends[k] : ends[k + 1]]
+            return view.copy() if few else view
+
+        return [Prompt(k, part(2 * i), part(2 * i + 1), self._answers[i]) for k, i in enumerate(map(int, order))]
+
+
+def _printable(error: Exception) -> str:
+    """What an error quotes from a row, on one line and without what a terminal would act on."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+
+
+def _too_long(prompt_ids: Sequence[int], real_ids: Sequence[int], config: DataConfig) -> str | None:
+    if len(prompt_ids) > config.max_prompt_tokens:
+        return f"prompt of {len(prompt_ids)} tokens > data.max_prompt_tokens={config.max_prompt_tokens}"
+    if len(real_ids) > config.max_answer_tokens:
+        return f"answer of {len(real_ids)} tokens > data.max_answer_tokens={config.max_answer_tokens}"
+    return None
+
+
+def _digest(prompt_ids: Sequence[int], real_ids: Sequence[int]) -> bytes:
+    """16 bytes that stand for a prompt and its answer; two of a billion rows have the same with a chance of 1e-21."""
+    return blake2b(array("i", [len(prompt_ids), *prompt_ids, *real_ids]).tobytes(), digest_size=16).digest()
+
+
+def _warn_of_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt], data: DataConfig, say: Say) -> dict[str, int]:
+    """How many held-out rows are trained on: prompt and answer, or the prompt with another answer."""
+    trained: dict[bytes, set[bytes]] = {prompt.prompt_ids.tobytes(): set() for prompt in heldout}
+    asked = set()
+    for prompt in train:
+        if (question := prompt.prompt_ids.tobytes()) in trained:
+            trained[question].add(prompt.real_ids.tobytes())
+            asked.add(question)
+    same = sum(prompt.real_ids.tobytes() in trained[prompt.prompt_ids.tobytes()] for prompt in heldout)
+    other = sum(prompt.prompt_ids.tobytes() in asked for prompt in heldout) - same
+    if not same + other:
+        return {}
+    say(
+        f"warning: of {len(heldout)} held-out rows of {data.eval}, {same} are also training rows and {other} have a training row's prompt "
+        "with another answer; held-out metrics will look better than they are"
+    )
+    return {"also_trained_on": same, "prompt_also_trained_on": other}
