@@ -1,8 +1,13 @@
 """Attention over a packed row, tree by tree, registered with transformers as the implementation "spin_packed".
 
-On CUDA in half precision, trees without a mask go to torch's variable-length flash attention in one call. Everything
-else takes one scaled_dot_product_attention per tree: no work is spent on, and no memory taken by, pairs of tokens in
-different trees.
+The row does not travel through the model's keyword arguments, which some families do not hand on to their layers: every
+module has a reference to one `CurrentRow`, which is told the row before the forward pass.
+
+On CUDA in half precision, trees without branches go to torch's variable-length flash attention in one call. Layers with
+sinks or a soft cap compute their scores in the open. Everything else takes one scaled_dot_product_attention per tree: no
+work is spent on, and no memory taken by, pairs of tokens in different trees.
+
+What a layer asks for and this file does not know is refused by name: an argument that is ignored gives wrong log-probs.
 """
 
 from __future__ import annotations
@@ -11,48 +16,146 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AttentionInterface
 
-from spin_ray.learner.packing import Packed
+from spin_ray.errors import BadInput
+from spin_ray.learner.packing import Packed, Tree
 
 NAME = "spin_packed"
+_SAYS_NOTHING = frozenset({
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+})
+"""Arguments that layers hand on without a meaning for attention: what they say is in the row, or concerns the outputs."""
+_SEE = "this model cannot be trained here; see docs/models.md"
+
+
+class CurrentRow:
+    """The packed row that a model is computing, from `begin` on until the next `begin`.
+
+    A backward pass that computes layers again may come after another row's forward pass: the caller sets the row again then
+    (`packed`). Knows which modules have called the attention below, so that a layer that went another way is noticed.
+    """
+
+    def __init__(self, lm: nn.Module):
+        self._packed: Packed | None = None
+        self._masks: dict[int | None, list[torch.Tensor | None]] = {}
+        self._called: dict[int, int | None] = {}
+        for module in lm.modules():
+            module.spin_row = self
+
+    @property
+    def packed(self) -> Packed:
+        assert self._packed is not None, "a forward pass in packed attention without a row"
+        return self._packed
+
+    @packed.setter
+    def packed(self, packed: Packed) -> None:
+        if packed is not self._packed:
+            self._packed, self._masks = packed, {}
+
+    def begin(self, packed: Packed) -> None:
+        self.packed = packed
+        self._called.clear()
+
+    def note(self, module: nn.Module) -> None:
+        self._called[id(module)] = getattr(module, "layer_idx", None)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises BadInput unless so many layers have called the attention below since `begin`."""
+        if len(self._called) < num_layers:
+            numbers = [k for k in range(num_layers) if k not in self._called.values()] if None not in self._called.values() else []
+            which = f"layer {numbers[0]}" if numbers else f"{num_layers - len(self._called)} of {num_layers} layers"
+            raise BadInput(f"the attention of {which} does not go through transformers' interface, so answers would see each other; {_SEE}")
+
+    def masks(self, window: int | None) -> list[torch.Tensor | None]:
+        """Every tree's mask, [length, length] bool, for layers that see `window` positions; None: causal. Made once per row."""
+        if window not in self._masks:
+            self._masks[window] = [_within(tree, window, self.packed.position_ids) for tree in self.packed.trees]
+        return self._masks[window]
+
+
+def _within(tree: Tree, window: int | None, position_ids: torch.Tensor) -> torch.Tensor | None:
+    """The tree's mask without what lies `window` positions back or more. A branch's positions go on from its trunk's last."""
+    if window is None or tree.depth <= window:
+        return tree.mask
+    positions = position_ids[tree.start : tree.start + tree.length]
+    near = positions[:, None] - positions[None, :] < window
+    return near & (near.new_ones(near.shape).tril() if tree.mask is None else tree.mask)
 
 
 def packed_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-    *, packed: Packed, scaling: float, sliding_window: int | None = None, **_: Any,
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: torch.Tensor | None = None, **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, num_heads, T, head_dim], key and value [1, num_kv_heads, T, head_dim] -> [1, T, num_heads, head_dim].
+    """query [1, num_heads, T, key_dim], key and value [1, num_kv_heads, T, key_dim or value_dim] -> [1, T, num_heads, value_dim].
 
-    Called by transformers' attention layers; `packed` reaches it through the model's keyword arguments.
-    Raises ValueError where a tree is longer than the layer's sliding window: such a row would need another mask.
+    Called by transformers' attention layers. `s_aux` [num_heads]: a sink, a score that takes part in the softmax and has no
+    value. `softcap` c: scores become c tanh(score / c). Raises BadInput for what it does not know.
     """
-    longest = max(tree.length for tree in packed.trees)
-    if sliding_window is not None and longest > sliding_window:
-        raise ValueError(f"a prompt with its answers has {longest} tokens, more than this model's sliding window of {sliding_window}")
-    if _one_call(query, packed):
-        return _varlen(query, key, value, packed, scaling, longest), None
-    lengths = [tree.length for tree in packed.trees]
-    pieces = zip(packed.trees, *(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [
-        F.scaled_dot_product_attention(
-            q, k, v, attn_mask=tree.mask, is_causal=tree.mask is None, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
-        for tree, q, k, v in pieces
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    row: CurrentRow = module.spin_row
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _refuse(module, {"attention_mask": attention_mask, "dropout": dropout or None, "is_causal": None if causal else False, **others})
+    if key.shape[2] != len(row.packed.input_ids):
+        raise BadInput(f"{type(module).__name__}: attends to {key.shape[2]} tokens of a row of {len(row.packed.input_ids)}; {_SEE}")
+    row.note(module)
+    masks, scale = row.masks(sliding_window), query.shape[-1] ** -0.5 if scaling is None else scaling
+    if s_aux is None and softcap is None and _one_call(query, value, row.packed):
+        return _varlen(query, key, value, row.packed, scale, sliding_window), None
+    lengths = [tree.length for tree in row.packed.trees]
+    pieces = zip(masks, *(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    if s_aux is None and softcap is None:
+        gqa = key.shape[1] != query.shape[1]
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
+            for mask, q, k, v in pieces
+        ]
+    else:
+        outputs = [_in_the_open(q, k, v, mask, scale, softcap, s_aux) for mask, q, k, v in pieces]
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
-def _one_call(query: torch.Tensor, packed: Packed) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and all(tree.mask is None for tree in packed.trees)
+def _refuse(module: nn.Module, arguments: dict[str, Any]) -> None:
+    unknown = [name for name, value in arguments.items() if value is not None and name not in _SAYS_NOTHING]
+    if unknown:
+        raise BadInput(f"{type(module).__name__}: packed attention does not know its {', '.join(sorted(unknown))}; {_SEE}")
 
 
-def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed, scaling: float, longest: int) -> torch.Tensor:
+def _in_the_open(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """One tree's attention with its scores [1, num_heads, length, length] in memory; softmax in float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril() if mask is None else mask
+    scores = scores.float().masked_fill(~mask, -torch.inf) if scores.dtype != torch.float64 else scores.masked_fill(~mask, -torch.inf)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(1, scores.shape[1], scores.shape[2], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    return torch.softmax(scores, dim=-1)[..., : key.shape[2]].to(value.dtype) @ value
+
+
+def _one_call(query: torch.Tensor, value: torch.Tensor, packed: Packed) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    flash = query.shape[-1] == value.shape[-1] <= 256
+    return query.is_cuda and half and flash and all(tree.mask is None for tree in packed.trees)
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed, scale: float, window: int | None
+) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    longest = max(tree.length for tree in packed.trees)
     flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    back = -1 if window is None or window > longest else window - 1  # so many tokens before its own
     out = varlen_attn(
-        *flat, packed.starts, packed.starts, longest, longest, scale=scaling, window_size=(-1, 0),
+        *flat, packed.starts, packed.starts, longest, longest, scale=scale, window_size=(back, 0),
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return out[None]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spin_ray.learner.logps import body
 from spin_ray.learner.packing import tree_lengths
 from spin_ray.records import Pair
 
@@ -25,8 +26,8 @@ PEAK_FLOPS = {
 class ModelFlops:
     """FLOPs of one forward and backward pass that the model's mathematics need.
 
-    A matmul with N weights costs 2 N per token forward and 4 N backward. So with `layers` the weights of all linear
-    layers below the output layer (a dense model's; every expert of a mixture would count), `head` = V × D and `width` =
+    A matmul with N weights costs 2 N per token forward and 4 N backward. So with `layers` the weights that a token meets in
+    the linear layers below the output layer (of a mixture's experts those it is sent to), `head` = V × D and `width` =
     layers × heads × head size, a step of T row tokens and A answer tokens costs
 
         6 layers T  +  6 head A  +  12 width × (pairs of a token and a token that it attends to).
@@ -43,8 +44,9 @@ class ModelFlops:
     def of(cls, lm: nn.Module) -> ModelFlops:
         config = lm.config.get_text_config()
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = sum(module.weight.numel() for module in lm.base_model.modules() if isinstance(module, nn.Linear))
-        return cls(layers, config.vocab_size * config.hidden_size, config.num_hidden_layers * config.num_attention_heads * head_size)
+        layers = sum(_weights_used(module, getattr(config, "num_experts_per_tok", None)) for module in body(lm).modules())
+        width = config.num_hidden_layers * config.num_attention_heads * head_size
+        return cls(layers, lm.get_output_embeddings().weight.numel(), width)
 
     def step(self, pairs: Sequence[Pair], *, share_prompt: bool) -> float:
         """FLOPs of training on these pairs. Worked: layers 1, head 0, width 0, pair of 4 + 3 and 5 tokens, shared: 6 × 10 = 60."""
@@ -55,6 +57,15 @@ class ModelFlops:
                 attended = trunk * (trunk + 1) / 2 + sum(n * (trunk + (n + 1) / 2) for n in branches)
                 total += 6 * self.layers * (trunk + sum(branches)) + 12 * self.width * attended
         return total
+
+
+def _weights_used(module: nn.Module, experts_per_token: int | None) -> int:
+    """Weights of this module alone that a token is multiplied with: a matrix, or the share of experts stacked in three dimensions."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    own = dict(module.named_parameters(recurse=False)).values()
+    experts = sum(p.numel() * (experts_per_token or len(p)) // len(p) for p in own if p.ndim == 3)
+    return experts + sum(p.numel() for p in own if p.ndim == 2)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -27,6 +27,8 @@ class Tree:
     length: int
     mask: torch.Tensor | None
     """[length, length] bool, True where the row's token may attend to the column's; None: causal."""
+    depth: int
+    """Tokens of the trunk with its longest branch: a sliding window that is not shorter hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def pack(pairs: Sequence[Pair], *, share_prompt: bool) -> Packed:
                 targets.append(tokens)
                 answer_of.append(np.full(len(tokens), which))
                 place += len(rest)
-            trees.append(Tree(start, place - start, _mask(trunk, [len(tokens) - 1 - common for _, tokens in branches])))
+            lengths = [len(tokens) - 1 - common for _, tokens in branches]
+            trees.append(Tree(start, place - start, _mask(trunk, lengths), trunk + max(lengths, default=0)))
     return Packed(
         _int64(ids), _int64(positions), tuple(trees), torch.tensor([*[t.start for t in trees], place], dtype=torch.int32),
         _int64(predictor), _int64(targets), _int64(answer_of), len(pairs),

@@ -219,6 +219,19 @@ def test_activation_checkpointing_changes_no_gradient():
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
 
 
+def test_rows_computed_again_in_one_backward_pass_keep_their_own_masks():
+    """Two rows of the same length: activation checkpointing computes the first one again after the second one's forward pass."""
+    rows = [[pair(5, 4, 7), pair(3, 3, 3)], [pair(3, 3, 3), pair(5, 4, 7)]]
+    plain, checkpointed = (PolicyLogps(tiny(tied=True, implementation=attention.NAME)) for _ in range(2))
+    checkpointed.lm.gradient_checkpointing_enable()
+    checkpointed.train()
+    found, expected = [
+        gradients(policy, torch.cat([packed_sums(policy, row, share_prompt=True) for row in rows])) for policy in (checkpointed, plain)
+    ]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_survives_a_softmax_that_underflows(dtype):
     linear = torch.nn.Linear(2, 3, bias=False, dtype=dtype)
@@ -227,6 +240,47 @@ def test_head_survives_a_softmax_that_underflows(dtype):
     hidden = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=dtype)
     found = LogpHead(linear)(hidden, torch.tensor([1, 1]))
     assert found.dtype == torch.float32 and found.tolist() == [-200.0, -200.0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [logps.PRODUCT, logps.Shape(0.4), logps.Shape(1.0, 1.5), logps.Shape(2.0, 0.7)])
+def test_head_with_bias_scale_and_cap(shape, bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 20, bias=bias, dtype=torch.float64)
+    hidden, targets = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randint(20, (11,))
+    inputs = (hidden, linear.weight, *([linear.bias] if bias else []))
+
+    def head(hidden, weight, bias=None):
+        return logps._ChunkedLogps.apply(hidden, weight, targets, logps._Scratch(), 3, True, False, None, bias, shape)
+
+    def full():
+        logits = linear(hidden) * shape.scale
+        return torch.log_softmax(torch.tanh(logits / shape.cap) * shape.cap if shape.cap else logits, -1).gather(1, targets[:, None])[:, 0]
+
+    assert torch.autograd.gradcheck(head, inputs)
+    torch.testing.assert_close(LogpHead(linear, shape=shape)(hidden, targets), full())
+    weights = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    for accumulate in (True, False):
+        linear.zero_grad()
+        (LogpHead(linear, shape=shape, chunk_elements=60, accumulate=accumulate)(hidden, targets) * weights).sum().backward()
+        found = [p.grad.clone() for p in linear.parameters()]
+        linear.zero_grad()
+        (full() * weights).sum().backward()
+        torch.testing.assert_close(found, [p.grad for p in linear.parameters()])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_without_targets_the_wrapped_model_is_plain_transformers(tied, accumulate):
+    reference, policy = tiny(tied=tied, implementation="eager"), PolicyLogps(tiny(tied=tied, implementation="eager"), accumulate=accumulate)
+    ids = torch.tensor([[3, 7, 9, 3, 20]])
+    for _ in range(2):  # the second gradient adds to the first
+        reference(ids).logits.cos().sum().backward()
+        policy.lm(ids).logits.cos().sum().backward()
+    torch.testing.assert_close(policy.lm(ids).logits, reference(ids).logits)
+    expected = dict(reference.named_parameters())
+    for name, parameter in policy.lm.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_two_passes_at_once_do_not_share_a_buffer():
@@ -242,10 +296,3 @@ def test_two_passes_at_once_do_not_share_a_buffer():
     full = sum(torch.log_softmax(linear(h), -1).gather(1, targets[:, None]).sum() for h in (hidden, hidden + 1))
     torch.testing.assert_close(pair_of_passes, torch.autograd.grad(full, linear.weight)[0])
     torch.testing.assert_close(again, pair_of_passes)
-
-
-def test_sliding_window_shorter_than_a_pair_is_refused():
-    packed = pack([pair(5, 4, 7)], share_prompt=True)
-    query = torch.zeros(1, 2, len(packed.input_ids), 4)
-    with pytest.raises(ValueError, match="sliding window of 8"):
-        attention.packed_attention(None, query, query, query, None, packed=packed, scaling=1.0, sliding_window=8)
