@@ -67,6 +67,16 @@ def from_folder(folder: Path, tied_names: Mapping[str, str]) -> Iterator[tuple[s
                     yield from ((each, tensor) for each in twice.get(name, (name,)))
 
 
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a model's folder, or of a model on the hub; reads the files' headers only."""
+    shapes = {}
+    for path in _weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return shapes
+
+
 def _names(path: Path) -> list[str]:
     with safe_open(path, framework="pt") as file:
         return list(file.keys())

@@ -19,15 +19,19 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.tensor_fragment import fragment_address
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoConfig
 
 from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput
+from spin_ray.families import auto_class
 from spin_ray.learner import attention
-from spin_ray.learner.logps import PolicyLogps
+from spin_ray.learner.export import check_export_names, read_beside, write_model
+from spin_ray.learner.logps import PolicyLogps, body
 from spin_ray.learner.meters import ModelFlops, peak_flops, peak_memory_gib, row_use
+from spin_ray.learner.modes import checkpoint_activations, layers_of, quieten
+from spin_ray.learner.names import FolderNames, Group
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
+from spin_ray.learner.proof import NUM_PARAMETERS, TOLERANCES, Facts, compare
 from spin_ray.losses import PairLogps
 from spin_ray.model import refuse_unsupported
 from spin_ray.placement import Hardware
@@ -43,23 +47,25 @@ class MainPlayer:
     Needs torch.distributed to be initialised. Raises BadInput for a model that the packed forward pass would get wrong.
     """
 
-    def __init__(self, model_path: str, config: LearnerConfig, hardware: Hardware, *, trust_remote_code: bool = False):
+    def __init__(
+        self, model_path: str, config: LearnerConfig, hardware: Hardware, *, trust_remote_code: bool = False, chat_template: str = "",
+        proof_pairs: Sequence[Pair] = (),
+    ):
+        """`chat_template`: as in `model.chat_template`. `proof_pairs`: on these `proof` is computed; no pairs, no proof."""
         self._config, self._hardware = config, hardware
         self.model_path = model_path
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(hardware.device, torch.cuda.current_device() if hardware.device == "cuda" else 0)
-        refuse_unsupported(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), model_path)
-        self._lm = _load_model(
-            model_path, dtype=getattr(torch, hardware.dtype), attn_implementation=attention.NAME, trust_remote_code=trust_remote_code,
-        )
-        if self._lm.lm_head.bias is not None:
-            raise BadInput(f"{model_path}: models whose output layer has a bias are not supported by the learner yet")
+        self._lm = load_model(model_path, dtype=getattr(torch, hardware.dtype))
+        check_export_names(self._lm, Path(model_path))  # the driver has said what is left out
+        self._beside = read_beside(model_path, trust_remote_code=trust_remote_code, chat_template=chat_template) if self.rank == 0 else {}
         if config.activation_checkpointing or self._lm.supports_gradient_checkpointing:
             self._lm.gradient_checkpointing_enable()  # _checkpoint decides, row by row
         self._flops, self._peak_flops = ModelFlops.of(self._lm), peak_flops(self.device, self._lm.dtype)
         # Without ZeRO or bf16, DeepSpeed steps the bare optimizer: it waits for no gradient, and reports no norm of it.
         self._bare = config.zero_stage == 0 and hardware.dtype == "float32"
         policy = PolicyLogps(self._lm, chunk_elements=hardware.logits_elements, accumulate=self._bare)
+        self.proof = self._prove(policy, proof_pairs) if proof_pairs and self._fits_whole() else None
         if config.compile:
             _compile_layers(self._lm)
         optimizer = _optimizer(config, policy.parameters())
@@ -71,16 +77,28 @@ class MainPlayer:
         )
         if config.zero_stage == 0 and self.world_size == 1:
             self._engine.enable_backward_allreduce = False  # with itself; it would copy all gradients into one tensor
-        self._engine.train()
+        quieten(policy)  # DeepSpeed asks no module for its mode
+        if proof_pairs and not self.proof:
+            self.proof = self._prove(policy, proof_pairs, num_parameters=0)
+
+    def _fits_whole(self) -> bool:
+        """Whether the device has room for all weights, and as much again for two passes over a few rows: before they are sharded."""
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self._lm.parameters())
+        return self.device.type == "cpu" or 2 * size < torch.cuda.mem_get_info(self.device)[0]
+
+    def _prove(self, policy: PolicyLogps, pairs: Sequence[Pair], num_parameters: int = NUM_PARAMETERS) -> Facts:
+        """The packed row against plain transformers. Without gradients it also runs through a sharded engine, on all ranks alike."""
+        if num_parameters:
+            policy.to(self.device)
+        facts = compare(policy, pairs, share_prompt=self._hardware.share_prompt, num_parameters=num_parameters)
+        facts.check(TOLERANCES[self._lm.dtype], self.model_path)
+        return facts
 
     def _checkpoint(self, longest_row: int) -> None:
         """Recompute activations in the next backward pass: always if so configured, and where a rank's row, a single pair
         longer than `pack_tokens`, would else set the memory of the run. All ranks alike: ZeRO-3 gathers weights again.
         """
-        checkpoint = self._config.activation_checkpointing or longest_row > self._config.pack_tokens
-        for module in self._lm.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = checkpoint
+        checkpoint_activations(self._lm, self._config.activation_checkpointing or longest_row > self._config.pack_tokens)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -205,47 +223,67 @@ class MainPlayer:
 
     @torch.no_grad()
     def token_logps(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
-        """Log-probs of every answer token, two arrays (real, generated) per pair, in nats; computed alike on every rank."""
-        arrays = []
-        for pair in pairs:
-            packed = pack([pair], share_prompt=self._hardware.share_prompt).to(self.device)
-            arrays += self._engine(packed).float().cpu().split([len(pair.real_ids), len(pair.generated_ids)])
-        return [array.numpy() for array in arrays]
+        """Log-probs of every answer token, two arrays (real, generated) per pair, in nats; computed alike on every rank.
+
+        Pairs share rows as in training, so a model that mixes up what lies in one row shows in the audit.
+        """
+        arrays: list[np.ndarray] = [np.empty(0, np.float32)] * (2 * len(pairs))
+        lengths = [row_tokens(pair, share_prompt=self._hardware.share_prompt) for pair in pairs]
+        [rows] = plan_micro_batches(lengths, num_ranks=1, pack_tokens=self._config.pack_tokens)
+        for row in filter(None, rows):
+            packed = pack([pairs[i] for i in row], share_prompt=self._hardware.share_prompt).to(self.device)
+            logps, answer_of = self._engine(packed).float().cpu(), packed.answer_of.cpu()
+            for place, i in enumerate(row):
+                arrays[2 * i], arrays[2 * i + 1] = (logps[answer_of == 2 * place + side].numpy() for side in (0, 1))
+        return arrays
 
     def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """All weights in Hugging Face names, in buckets of about `bucket_bytes`, on the CPU; other ranks than 0 get empty lists.
+        """All weights and persistent buffers with the names and shapes of the model's folder, in buckets of about `bucket_bytes`,
+        on the CPU; other ranks than 0 get empty lists.
 
         Under ZeRO-3 a bucket is gathered when it is asked for, so no rank ever holds more than one in full. Its tensors may be
         the live weights: use or copy them before the next bucket.
         """
-        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        names = FolderNames(self._lm)
+        bucket: list[Group] = []
         size = 0
-        for name, parameter in self._lm.named_parameters():
-            bucket.append((name, parameter))
-            size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        for group in names.groups:
+            bucket.append(group)
+            size += sum(getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size() for tensor in names.of(group))
             if size >= bucket_bytes:
-                yield from self._gathered(bucket)
+                yield from self._gathered(names, bucket)
                 bucket, size = [], 0
         if bucket:
-            yield from self._gathered(bucket)
+            yield from self._gathered(names, bucket)
 
-    def _gathered(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        with deepspeed.zero.GatheredParameters([p for _, p in bucket], enabled=self._config.zero_stage == 3):
-            yield [(name, parameter.detach().cpu()) for name, parameter in bucket] if self.rank == 0 else []
+    def _gathered(self, names: FolderNames, bucket: list[Group]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        sharded = [tensor for group in bucket for tensor in names.of(group) if isinstance(tensor, torch.nn.Parameter)]
+        with deepspeed.zero.GatheredParameters(sharded, enabled=self._config.zero_stage == 3):
+            if self.rank != 0:
+                yield []
+            else:
+                yield [
+                    entry for group in bucket
+                    for entry in names.convert(group, [tensor.detach().cpu() for tensor in names.of(group)]).items()
+                ]
 
     @property
     def tied_names(self) -> dict[str, str]:
         """Names under which a weight is known twice -> the name that `weights` yields (tied embeddings)."""
-        names = {id(parameter): name for name, parameter in self._lm.named_parameters()}
-        every = self._lm.named_parameters(remove_duplicate=False)
-        return {name: names[id(parameter)] for name, parameter in every if names[id(parameter)] != name}
+        return FolderNames(self._lm).tied()
 
     def export(self, folder: Path, bucket_bytes: int) -> None:
-        """Write an HF folder (safetensors, config, tokenizer) that loads in transformers and in vLLM as it is."""
-        state = {name: tensor.clone() for bucket in self.weights(bucket_bytes) for name, tensor in bucket}
-        if self.rank == 0:
-            self._lm.save_pretrained(folder, state_dict=state)
-            AutoTokenizer.from_pretrained(self.model_path).save_pretrained(folder)
+        """Write an HF folder that loads in transformers and in vLLM as it is, and says what the model's own folder says (export.py).
+
+        Raises RunStopped if a tensor is missing in what was written.
+        """
+        buckets = self.weights(bucket_bytes)
+        try:
+            if self.rank == 0:
+                write_model(self._lm, buckets, folder, self._beside)
+        finally:
+            for _ in buckets:  # gathering takes every rank, also when one of them could not write
+                pass
 
     def save_checkpoint(self, folder: Path) -> None:
         """DeepSpeed checkpoint, a file per rank: the fp32 master weights that a bf16 export does not hold."""
@@ -264,10 +302,17 @@ class MainPlayer:
             raise BadInput(f"{name}: DeepSpeed found no complete checkpoint; {_REMEDY}")
 
 
-def _load_model(model_path: str, **options: Any) -> Any:
-    """Weights from safetensors only: pickled ones may run code."""
+def load_model(model_path: str, **options: Any) -> Any:
+    """The model with packed attention; transformers' own code, weights from safetensors: a folder's code and pickles do not run here.
+
+    Raises BadInput for a family that would not be computed exactly, and for weights that cannot be loaded.
+    """
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    refuse_unsupported(config, model_path)
     try:
-        return AutoModelForCausalLM.from_pretrained(model_path, use_safetensors=True, **options)
+        return auto_class(config).from_pretrained(
+            model_path, config=config, use_safetensors=True, attn_implementation=attention.NAME, trust_remote_code=False, **options
+        )
     except OSError as error:
         raise BadInput(f"{model_path}: no weights in safetensors can be loaded from there: {str(error).splitlines()[0]}") from error
 
@@ -284,9 +329,9 @@ def _load_known_types(path: str, map_location: Any = None) -> Any:
 
 def _compile_layers(lm: torch.nn.Module) -> None:
     """torch.compile what fuses and does not see the packing: every layer's norms and feed-forward block."""
-    for layer in lm.base_model.layers:
+    for layer in layers_of(body(lm)):
         for name, module in layer.named_children():
-            if name != "self_attn":
+            if "attn" not in name and "attention" not in name:
                 module.compile(dynamic=True)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 
 from spin_ray.chatter import redirect_output
-from spin_ray.errors import WeightsLost
+from spin_ray.errors import BadInput, EngineFailed, WeightsLost
 from spin_ray.imports import without_gc
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
 from spin_ray.storage import DISK, Disk
@@ -36,6 +36,8 @@ class SamplerArgs:
     env: Mapping[str, str]
     storage: Disk = DISK
     """What brings the run's own models to this node."""
+    try_reload: bool = False
+    """Whether to try at the start if this model's weights can be replaced."""
 
 
 class Sampler:
@@ -44,7 +46,7 @@ class Sampler:
     def __init__(self, args: SamplerArgs):
         redirect_output(args.log_path)
         os.environ.update(args.env)
-        self._storage = args.storage
+        self._args, self._storage = args, args.storage
         model_path = str(self._storage.fetch(Path(args.model_path)))
         with without_gc():
             from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
@@ -54,7 +56,18 @@ class Sampler:
             )
 
     async def ready(self) -> Version:
-        """Warm the engine up (the first log-probs compile for seconds) and return its version."""
+        """Warm the engine up (the first log-probs compile for seconds) and return its version.
+
+        Raises BadInput if the engine could not take up this model's next weights.
+        """
+        if self._args.try_reload:
+            try:
+                await asyncio.wrap_future(self._engine.try_reload())
+            except EngineFailed as error:
+                raise BadInput(
+                    f"model.path={self._args.model_path}: the sampler's engine cannot take up new weights of this model "
+                    f"({error.__cause__}), so no iteration could follow; see {self._args.log_path}"
+                ) from error
         settings = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=2, stop_ids=())
         await asyncio.wrap_future(self._engine.sample(self._engine.version, [1, 1], settings))
         await asyncio.wrap_future(self._engine.score(self._engine.version, [1, 1], [1, 1]))
@@ -87,14 +100,14 @@ class Sampler:
         await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, folder, started)))
         return time.perf_counter() - started[0]
 
-    @staticmethod
     def _tensors(
-        weights: PublishedWeights, buckets: Sequence[Any], folder: Path | None, started: list[float]
+        self, weights: PublishedWeights, buckets: Sequence[Any], folder: Path | None, started: list[float]
     ) -> Iterator[tuple[str, Any]]:
         from spin_ray.exchange.weights import from_bucket, from_folder
 
         started.append(time.perf_counter())
+        second_names = self._engine.second_names(weights.tied_names)
         if folder:
-            yield from from_folder(folder, weights.tied_names)
+            yield from from_folder(folder, second_names)
         for bucket in buckets:
-            yield from from_bucket(bucket, weights.tied_names)
+            yield from from_bucket(bucket, second_names)

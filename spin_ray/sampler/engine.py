@@ -32,14 +32,15 @@ class OpponentEngine:
     def __init__(self, model_path: str, *, version: Version, dtype: str, max_model_len: int, seed: int, settings: Mapping[str, Any]):
         from vllm import EngineArgs, LLMEngine
 
-        self.version = version
+        self.version, self._model_path = version, model_path
         self._max_model_len = max_model_len
         self._several_processes = settings.get("tensor_parallel_size", 1) > 1
         self._engine = LLMEngine.from_engine_args(EngineArgs(
             model=model_path, dtype=dtype, max_model_len=max_model_len, seed=seed, disable_log_stats=True,
             load_format="safetensors",  # vLLM's "auto" falls back to pickled weights, which may run code
-            **settings,
+            worker_extension_cls="spin_ray.sampler.worker.WorkerExtension", **settings,
         ))
+        self._parts = {name.rpartition(".")[2] for name in self._engine.collective_rpc("module_names")[0]}
         self._inbox: queue.Queue[tuple[Future, Callable[[], None]] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._pending: dict[str, tuple[Future, Callable[[Any], Any]]] = {}
@@ -74,6 +75,14 @@ class OpponentEngine:
         tokens, num_answer = [*map(int, prompt_ids), *map(int, answer_ids)], len(answer_ids)
         return self._submit(version, tokens, params, lambda output: _first_logps(output.prompt_logprobs)[-num_answer:])
 
+    def second_names(self, tied_names: Mapping[str, str]) -> dict[str, str]:
+        """Of a model's tied names (second -> first) those that a load must carry: the engine has a part of that name.
+
+        Where a Llama shares its embedding with an output layer of its own, which keeps old weights unless it gets new ones by
+        name, a Gemma has no output layer, and vLLM refuses a weight for it.
+        """
+        return {second: first for second, first in tied_names.items() if second.split(".")[-2] in self._parts}
+
     def load(self, version: Version, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Future[Version]:
         """Replace the weights by those that `tensors()` yields, once the engine is idle; the Future holds the new version."""
         future: Future[Version] = Future()
@@ -89,14 +98,24 @@ class OpponentEngine:
 
         return self._post(swap, future)
 
+    def try_reload(self) -> Future[Version]:
+        """Load the weights that the engine has, from their folder: what cannot be replaced in this model shows before it must be."""
+        future: Future[Version] = Future()
+
+        def reload() -> None:
+            self._engine.collective_rpc("reload_opponent", kwargs={"folder": self._model_path, "trial": True})
+            future.set_result(self.version)
+
+        return self._post(reload, future)
+
     def _reload(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         if not self._several_processes:
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            self._engine.collective_rpc("reload_opponent", kwargs={"tensors": tensors})
             return
         # The ranks of a tensor-parallel engine are processes of their own: they read the weights from a file in memory.
         with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="spin_ray_weights_") as folder:
             save_file({name: tensor.clone() for name, tensor in tensors}, f"{folder}/model.safetensors")
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            self._engine.collective_rpc("reload_opponent", kwargs={"folder": folder})
 
     def stuck_s(self) -> float:
         """Seconds that the thread has been at its present step; 0 while it waits for work."""

@@ -53,9 +53,13 @@ CHUNK = 16
 
 
 def start_opponent(
-    config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path, storage: Disk = DISK
+    config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path, storage: Disk = DISK,
+    reloads: bool = True,
 ) -> Any:
-    """Start all replicas with theta_version from `model_path` and return the pool's actor handle at once, while they load."""
+    """Start all replicas with theta_version from `model_path` and return the pool's actor handle at once, while they load.
+
+    `reloads` says whether they will have to take up other weights; a run that begins tries it first.
+    """
     settings = {
         "tensor_parallel_size": config.sampler.tensor_parallel_size, "max_num_seqs": config.sampler.max_num_seqs,
         "trust_remote_code": config.model.trust_remote_code, **hardware.engine,
@@ -68,7 +72,7 @@ def start_opponent(
             model_path=model_path, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
             seed=config.run.seed + 1000 * version + replica,  # a resumed run must not draw its first iteration's numbers again
             log_path=str(logs / f"sampler-{replica}.log"), engine=settings, env=hardware.sampler_env,
-            storage=storage,
+            storage=storage, try_reload=reloads and version == 0,
         ))
         for replica in range(config.sampler.num_replicas)
     ]

@@ -93,7 +93,8 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
         steps.append(player.step(pairs, references(pairs), loss_fn=loss_fn, lr=1e-3, normalizer=len(pairs)))
     scores = {"before": before, "frozen": player.score(batch(9, 5), frozen=True), "after": player.score(batch(9, 5))}
     logps = player.token_logps(batch(9, 5))
-    weights = {name: tensor for bucket in player.weights(bucket_bytes=20_000) for name, tensor in bucket}
+    alone = [answer for pair in batch(9, 5) for answer in player.token_logps([pair])]
+    weights = {name: tensor.clone() for bucket in player.weights(bucket_bytes=20_000) for name, tensor in bucket}
     player.save_checkpoint(out / f"checkpoint_{stage}")
     player.load_checkpoint(out / f"checkpoint_{stage}")
     player.export(out / f"model_{stage}", bucket_bytes=20_000)
@@ -102,7 +103,7 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
         complaints = damage(player, out / f"checkpoint_{stage}")
         refused = refuses_code(player, out / f"checkpoint_{stage}")
     if player.rank == 0:
-        torch.save({"steps": steps, "weights": weights, "logps": logps, "scores": scores, "tied": player.tied_names,
+        torch.save({"steps": steps, "weights": weights, "logps": logps, "alone": alone, "scores": scores, "tied": player.tied_names,
                     "complaints": complaints, "refuses_code": refused}, out / f"stage_{stage}.pt")
 
 

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 from ranks import SETUPS, batch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spin_ray.bench.tiny import save_tiny
+from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
+from spin_ray.exchange.weights import shapes_in
 from spin_ray.learner import attention
 from spin_ray.learner.logps import PolicyLogps
 from spin_ray.learner.packing import pack
@@ -106,6 +110,8 @@ def check_scores(found: dict) -> None:
     assert np.abs(scores["after"] - scores["before"]).max() > 1e-2
     np.testing.assert_allclose(scores["frozen"], scores["before"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(scores["after"].reshape(-1), sums, rtol=0, atol=1e-4)
+    for together, alone in zip(found["logps"], found["alone"], strict=True):  # what the audit compares, from packed rows
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -149,14 +155,17 @@ def test_every_step_says_how_it_used_the_hardware(one_worker):
             assert metrics["padding_share"] == 0 and 0 < metrics["pack_fill"] <= 1.5
 
 
-def test_models_that_change_their_logits_are_refused():
-    from transformers import Gemma2Config, LlamaConfig
+def test_families_that_the_learner_would_get_wrong_are_refused():
+    from transformers import FalconConfig, Gemma2Config, LlamaConfig, MambaConfig
 
     from spin_ray.model import refuse_unsupported
 
-    refuse_unsupported(LlamaConfig(), "plain")
-    with pytest.raises(BadInput, match=r"gemma: models with final_logit_softcapping \(here 30\.0\)"):
-        refuse_unsupported(Gemma2Config(), "gemma")
+    for config in (LlamaConfig(), Gemma2Config()):
+        refuse_unsupported(config, "supported")
+    for config in (MambaConfig(), FalconConfig()):
+        with pytest.raises(BadInput, match=rf"my-model: .*{config.model_type}") as caught:
+            refuse_unsupported(config, "my-model")
+        assert "\n" not in str(caught.value)
 
 
 def test_two_workers_equal_one(one_worker, tiny_model, tmp_path):
@@ -170,6 +179,29 @@ def test_two_workers_equal_one(one_worker, tiny_model, tmp_path):
         assert two[stage]["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A tiny GLM-4 mixture: experts that are one tensor in memory and four in the folder, and a router with a persistent buffer."""
+    folder = tmp_path_factory.mktemp("mixture")
+    save_tiny("glm4_moe", folder)
+    AutoTokenizer.from_pretrained(resolve("demo:base")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("world_size", "stages"), [(1, (0, 1, 2, 3)), (2, (3,))])
+def test_what_leaves_the_learner_has_the_folder_s_names_shapes_and_buffers(mixture, tmp_path, world_size, stages):
+    found, source = run_ranks(mixture, tmp_path / "out", world_size, "adamw", stages), shapes_in(mixture)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    for stage in stages:
+        exported, published = tmp_path / "out" / f"model_{stage}", found[stage]["weights"]
+        assert {name: tuple(tensor.shape) for name, tensor in published.items()} == source == shapes_in(exported)
+        written, came = load_file(exported / "model.safetensors"), load_file(mixture / "model.safetensors")
+        assert all(torch.equal(written[name], tensor) for name, tensor in published.items())
+        assert torch.equal(written[bias], came[bias]) and came[bias].abs().max() > 0
+        moved = {name for name in source if not torch.equal(written[name], came[name])}
+        assert "model.layers.1.mlp.experts.3.down_proj.weight" in moved and "model.layers.1.mlp.experts.0.gate_proj.weight" in moved
+
+
 def test_rmsprop_runs_under_every_stage(tiny_model, tmp_path):
     found = run_ranks(tiny_model(tied=False), tmp_path / "out", 1, "rmsprop")
     for stage in (2, 3):
@@ -178,9 +210,9 @@ def test_rmsprop_runs_under_every_stage(tiny_model, tmp_path):
 
 
 def test_pickled_weights_are_never_opened(tiny_model, tmp_path):
-    from spin_ray.learner.engine import _load_model
+    from spin_ray.learner.engine import load_model
 
     folder = shutil.copytree(tiny_model(tied=True), tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(BadInput, match="no weights in safetensors can be loaded from there: "):
-        _load_model(str(folder), dtype=torch.float32)
+        load_model(str(folder), dtype=torch.float32)

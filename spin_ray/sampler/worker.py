@@ -1,0 +1,84 @@
+"""What vLLM's workers do for us in their own processes: named methods, which `collective_rpc` calls; nothing is pickled.
+
+`EngineArgs(worker_extension_cls=...)` makes the worker's class inherit from this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class WorkerExtension:
+    """Methods beside those of vLLM's Worker."""
+
+    model_runner: Any
+    device: torch.device
+
+    def module_names(self) -> list[str]:
+        """Names of all parts of the model, the shared ones under each of their names."""
+        return [name for name, _ in self.model_runner.get_model().named_modules(remove_duplicate=False)]
+
+    def reload_opponent(
+        self, tensors: Iterable[tuple[str, torch.Tensor]] | None = None, folder: str | None = None, trial: bool = False
+    ) -> None:
+        """Replace all weights, by `tensors` or by those of a folder.
+
+        Raises RuntimeError naming what keeps its old weights: vLLM only logs that, or says nothing. In a `trial`, with the weights
+        that the engine has, a tied output layer may keep them: under which names it wants them only the learner knows.
+        """
+        model = self.model_runner.get_model()
+        if self.device.type == "cpu":
+            _pack_experts_anew(model)
+        load_weights, shared = model.load_weights, _shared(model)
+
+        def load_all(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+            loaded = load_weights(weights)
+            if kept := [name for name in _kept(model) if not (trial and name in shared)]:
+                parts = f"{len(kept)} parts keep theirs, first {kept[0]}"
+                raise RuntimeError(f"vLLM cannot replace all weights of a {type(model).__name__}: {parts}")
+            return loaded
+
+        model.load_weights = load_all
+        try:
+            self.model_runner.reload_weights(weights_iterator=tensors, weights_path=folder)
+        finally:
+            del model.load_weights
+
+
+def _kept(model: torch.nn.Module) -> list[str]:
+    """The model's parts that hold parameters and have got none since a reload began.
+
+    A part of the model that has its weights takes no more (`can_load`). Attention is done at the end, and holds only scales.
+    """
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    waiting = [
+        (name, module, get_layerwise_info(module)) for name, module in model.named_modules()
+        if any(each is not None for each in module._parameters.values()) and not is_deferred_attention_layer(module)
+    ]
+    return [name for name, _, info in waiting if info.can_load() and info.load_numel_total and not info.load_numel]
+
+
+def _shared(model: torch.nn.Module) -> set[str]:
+    """The model's parts whose parameters are also another part's."""
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter.data_ptr(), set()).add(name)
+    return set().union(*(names for names in owners.values() if len(names) > 1))
+
+
+def _pack_experts_anew(model: torch.nn.Module) -> None:
+    """vLLM 0.32 packs a mixture's experts for its CPU kernels when it sets the kernel up, and leaves them unpacked when it reloads.
+
+    So the kernel is set up again. On GPUs, where graphs have captured it, vLLM does the same to the weights every time.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
