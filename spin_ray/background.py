@@ -1,11 +1,11 @@
-"""Work beside the driver's main thread."""
+"""Work beside the driver's main thread, and how an error in any thread ends all waits."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,52 @@ def in_background(function: Callable[..., Any], *args: Any) -> Future:
 
     threading.Thread(target=call, name=getattr(function, "__name__", "background"), daemon=True).start()
     return future
+
+
+class Threads:
+    """The threads of one run beside its main one. The first error in any of them ends every wait, here and where it is told."""
+
+    def __init__(self, *tell: Callable[[BaseException], None]):
+        """`tell`: what else must hear of the first error."""
+        self._tell, self._started = tell, []
+        self._failed: Future = Future()
+        self._failing = threading.Lock()
+
+    def start(self, function: Callable[..., Any], *args: Any) -> Future:
+        """Call the function in a thread; its error is everybody's."""
+
+        def guarded() -> Any:
+            try:
+                return function(*args)
+            except BaseException as error:
+                self.fail(error)
+                raise
+
+        self._started.append(in_background(guarded))
+        return self._started[-1]
+
+    def fail(self, error: BaseException) -> None:
+        """End every wait with this error; only the first one counts."""
+        with self._failing:
+            if self._failed.done():
+                return
+            self._failed.set_exception(error)
+        for tell in self._tell:
+            tell(error)
+
+    def result(self, future: Future) -> Any:
+        """The result of a future, of a remote answer too; raises the first error of any thread as soon as there is one."""
+        wait([future, self._failed], return_when=FIRST_COMPLETED)
+        return self._failed.result() if self._failed.done() else future.result()
+
+    def settled(self, future: Future, *, timeout_s: float) -> bool:
+        """Whether `result` has an answer, after so many seconds at most."""
+        return bool(wait([future, self._failed], timeout=timeout_s, return_when=FIRST_COMPLETED).done)
+
+    def finish(self) -> None:
+        """Wait for all that was started."""
+        for future in self._started:
+            self.result(future)
 
 
 @contextmanager

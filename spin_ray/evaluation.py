@@ -1,22 +1,42 @@
-"""Held-out evaluation of one opponent version, with the sampler itself."""
+"""Held-out evaluation of opponent versions, with the sampler itself: what is measured, and in a run when.
+
+Evaluation fills what the play of theta_t leaves of the samplers' time. What they have not begun when the next weights come is put off
+until those have played their iteration; it is put off once, so that metrics, and the guards that read them, are one iteration late at most.
+
+| in a run, who waits | for what |
+|---|---|
+| the evaluation of theta_t | iteration t played; the evaluation of theta_{t-1}, whose weights come back if it was put off |
+| the load of theta_{t+1}, or of a snapshot of it | the evaluation of theta_{t-1} and of those before |
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
+from spin_ray.background import Threads
 from spin_ray.chat import ChatFormat
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import load_prompts
 from spin_ray.errors import BadInput
-from spin_ray.model import inspect_model, longest_sequence
-from spin_ray.records import Completion, Prompt, SamplingSettings, Version
+from spin_ray.exchange.audit import compare
+from spin_ray.guard import check_nll
+from spin_ray.learner.loop import plain_real_logps
+from spin_ray.manifest import RunDir
+from spin_ray.model import ModelFacts, inspect_model, longest_sequence
+from spin_ray.overlap import Overlap
+from spin_ray.placement import Hardware
+from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
+from spin_ray.records import Completion, Prompt, PublishedWeights, SamplingSettings, Version
+from spin_ray.reporting import Reporting
 from spin_ray.sampler.pool import EVALUATE, sampling_settings, start_opponent
 from spin_ray.system import ray_cluster
 
@@ -27,14 +47,31 @@ def run_eval(config: Config) -> None:
         raise BadInput("data.eval is not set; eval needs held-out data")
     logs = config.run_path / "logs"
     with captured_output(logs / "eval.log") as to_user:
-        facts = inspect_model(config)
-        prompts, counts = load_prompts(config.data.eval, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_eval_prompts)
+        facts, proof, data = inspect_model(config), Proof(), config.data
+        proof.tokens(data.eval, data.eval_split or data.split, config, facts.chat)
+        prompts, counts = load_prompts(
+            data.eval, data, facts.chat, seed=config.run.seed, limit=data.max_eval_prompts, split=data.eval_split or data.split
+        )
         max_model_len = longest_sequence(prompts, config.sampler.max_new_tokens, facts)
         with ray_cluster(config, learner=False) as hardware:
-            pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs)
+            refuse_sampler(facts, hardware, reloads=False)
+            pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
             pool.release.remote(Version(0))
+            print(proof.line(_sampler_beside_transformers(pool, prompts, facts, hardware, logs)), file=to_user)
             metrics = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
         print(json.dumps({"model": facts.path, "num_prompts": len(prompts), "rows": counts, **metrics}), file=to_user)
+
+
+def _sampler_beside_transformers(pool: Any, prompts: Sequence[Prompt], facts: ModelFacts, hardware: Hardware, logs: Path) -> str:
+    """What the audit is in a run, which compares with the learner: `eval` has none. Raises AuditError if they disagree.
+
+    Transformers computes on a CPU, while the engine starts.
+    """
+    pairs = proof_pairs(prompts)
+    plain = ray.remote(num_cpus=0)(plain_real_logps).remote(facts.path, hardware.dtype, pairs, str(logs / "proof.log"))
+    sampler = pool.score.remote(Version(0), [p.prompt_ids for p in pairs], [p.real_ids for p in pairs], EVALUATE)
+    audit = compare(0, ray.get(sampler), ray.get(plain), hardware.audit_tolerance, other="plain transformers")
+    return f"sampler: {audit.num_tokens} tokens, log-probs apart from plain transformers' by {audit.mean_nats:.1e} nats on average"
 
 
 def evaluate(pool: Any, version: Version, prompts: Sequence[Prompt], chat: ChatFormat, settings: SamplingSettings) -> dict[str, float]:
@@ -68,3 +105,60 @@ def measure(
             right = [decode(completions[k].token_ids).strip() == prompts[k].answer.strip() for k in checkable]
             metrics[f"exact_match_{name}_share"] = float(np.mean(right))
     return metrics
+
+
+class Evaluations:
+    """Those of one run, each in a thread of its own. `start` and `tied_names` are the main thread's."""
+
+    def __init__(
+        self, config: Config, run: RunDir, facts: ModelFacts, heldout: Sequence[Prompt], pool: Any, overlap: Overlap, threads: Threads,
+        reporting: Reporting,
+    ):
+        self._config, self._run, self._facts, self._heldout, self._pool = config, run, facts, heldout, pool
+        self._overlap, self._threads, self._reporting = overlap, threads, reporting
+        self._settings = sampling_settings(config, facts.chat)
+        self._started: dict[int, Future] = {}
+        self._coming = 0
+        """Number of the newest version that is to be loaded."""
+        self.tied_names: Mapping[str, str] = (run.marks("iteration") or [{}])[-1].get("tied_names", {})
+        """Of the model, whatever its version: what is loaded from disk needs them."""
+
+    def start(self, version: int, trained: Mapping[str, Any]) -> None:
+        """Evaluate theta_version when its iteration is played; its row of the table takes up `trained`."""
+        self._started[version] = self._threads.start(self._evaluate, version, trained, self._started.get(version - 1))
+
+    def make_way(self, version: Version) -> None:
+        """Before theta_version, or a snapshot of it, is loaded: an evaluation is put off once, not for ever."""
+        self._coming = version.number
+        for earlier in [number for number in list(self._started) if number < version.number - 1]:
+            self._threads.result(self._started[earlier])
+
+    def _evaluate(self, version: int, trained: Mapping[str, Any], before: Future | None) -> None:
+        metrics = self._known().get(version, {})
+        if self._heldout and not metrics:
+            self._overlap.wait_until_may_evaluate(version)
+            if before and not before.done():
+                self._catch_up(version, before)
+            metrics = evaluate(self._pool, Version(version), self._heldout, self._facts.chat, self._settings)
+            self._reporting.tracker.log("eval", metrics, opponent_version=version)
+            self._run.mark("evaluation", version=version, metrics=metrics)
+        self._reporting.row(version, metrics, trained)
+        if metrics and version:
+            name = "real_nll_nats_per_token"
+            model = self._run.storage.name(self._run.model(version - 1))
+            check_nll(version, metrics[name], self._known()[0][name], self._config, model)
+
+    def _known(self) -> dict[int, dict[str, float]]:
+        return {mark["version"]: mark["metrics"] for mark in self._run.marks("evaluation")}
+
+    def _catch_up(self, version: int, before: Future) -> None:
+        """First the evaluation of the version before, which was put off: its weights come back for as long as it takes."""
+        self._load_again(version - 1, present=version)
+        self._threads.result(before)
+        if self._coming <= version:
+            self._load_again(version, present=version)
+
+    def _load_again(self, version: int, *, present: int) -> None:
+        folder = str(self._run.model(version - 1)) if version else self._facts.path
+        weights = PublishedWeights(Version(version), (), 0, self.tied_names, folder)
+        self._threads.result(self._pool.load_again.remote(weights, Version(present)).future())

@@ -6,7 +6,7 @@
 | opponent's log-probs that are none | exchange/pairs.py, in every block | stop: a rollback starts from the weights that wrote them |
 | only empty or only truncated answers | `FirstAnswers`, per iteration | stop: the same |
 | a held-out NLL that explodes | `check_nll`, per version | stop: theta_{t+1} is finished, and maybe trained on already |
-| sampler and learner disagree | exchange/audit.py | stop: no training mends it |
+| sampler and learner disagree | exchange/audit.py, and `FirstLosses` per iteration | stop: no training mends it |
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ import pyarrow as pa
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.errors import Diverged
+from spin_ray.exchange.audit import Audit, check_first_loss, pair_mismatch
 from spin_ray.learner.messages import Divergence
+from spin_ray.losses import LOSS_AT_ZERO
 from spin_ray.manifest import RunDir
+from spin_ray.overlap import Overlap
 from spin_ray.terminal import Terminal
 from spin_ray.tracking import Tracker
 
@@ -55,6 +58,47 @@ class Rollbacks:
             f"{divergence.error}; rollback {number} of {guard.max_rollbacks}: "
             f"iteration {t} starts over from theta_{t} with {scale:g} times the learning rate"
         )
+
+
+NOTABLE_MISMATCH = 0.1
+"""A margin that the engines' difference alone may move this far gets a warning; a margin of 0.1 moves the loss by 0.05."""
+
+
+class FirstLosses:
+    """Invariant 2: an iteration's first loss is l(0), as far as the audit of its opponent does not explain it.
+
+    The audit of theta_t comes first: what the learner reports of iteration t waits for it (learner/reports.py).
+    """
+
+    def __init__(self, config: Config, overlap: Overlap, tokens_per_pair: float, tracker: Tracker, terminal: Terminal):
+        self._config, self._overlap, self._tokens_per_pair = config, overlap, tokens_per_pair
+        self._tracker, self._terminal = tracker, terminal
+        self._mismatch: dict[int, float] = {}
+        """Iteration -> beta times the nats by which the engines' difference may move a pair's log-ratio."""
+        self._judged: set[int] = set()
+
+    def audited(self, t: int, audit: Audit) -> None:
+        """The samplers hold theta_t as the learner does; a later audit of the same version replaces it."""
+        beta = self._config.beta(t)
+        self._mismatch[t] = mismatch = beta * pair_mismatch(audit, self._tokens_per_pair)
+        if mismatch > NOTABLE_MISMATCH and self._config.reference.scorer == "opponent":
+            self._terminal.say(
+                f"warning: iteration {t}: spin.beta={beta:g} times the engines' difference of {mismatch / beta:.3g} nats "
+                f"per pair moves margins by {mismatch:.2g}; reference.scorer=frozen or learner has no such difference"
+            )
+
+    def judge(self, t: int, loss: float) -> None:
+        """Raise FirstLossError if the first loss of iteration t is too far from l(0)."""
+        self._judged.add(t)
+        if self._overlap.starts_stale(t) and self._config.reference.scorer == "opponent":
+            return  # its first pairs were played against a snapshot, not against theta_t
+        deviation = check_first_loss(t, loss, at_zero=LOSS_AT_ZERO[self._config.spin.loss], mismatch=self._mismatch[t])
+        self._tracker.log("audit", {"first_loss_deviation": deviation}, opponent_version=t)
+
+    def judge_at_the_end(self, t: int, loss: float) -> None:
+        """Iteration t is trained: no first loss stays unjudged, also where the first step was an earlier session's."""
+        if t not in self._judged:
+            self.judge(t, loss)
 
 
 class FirstAnswers:

@@ -48,7 +48,7 @@ class Overlap:
     """The schedule of a run from iteration `first` on, and the waits between its two players. Thread-safe."""
 
     def __init__(self, config: Config, block_sizes: Sequence[int], first: int = 0):
-        self._config, self._sizes, self._first = config, list(block_sizes), first
+        self._config, self._sizes, self.first = config, list(block_sizes), first
         self._played: set[BlockSpec] = set()
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -76,7 +76,7 @@ class Overlap:
 
         Its staleness is `lookahead_fraction` of the iteration's steps. 100 steps, fraction 0.1: taken after 90, 10 early.
         """
-        return self._planned_snapshot(t) if t >= self._first else None  # what was before this session is gone
+        return self._planned_snapshot(t) if t >= self.first else None  # what was before this session is gone
 
     def _planned_snapshot(self, t: int) -> tuple[int, Version] | None:
         if self._config.overlap.mode != "lookahead" or not 0 <= t < self._config.spin.num_iterations - 1:
@@ -120,11 +120,11 @@ class Overlap:
 
     def wait_until_may_evaluate(self, version: int) -> None:
         """Until theta_version has played its own iteration, here or in an earlier session: before that it has better things to do."""
-        self._wait_for(self.blocks(version) if self._first <= version < self._config.spin.num_iterations else [])
+        self._wait_for(self.blocks(version) if self.first <= version < self._config.spin.num_iterations else [])
 
     def wait_until_may_load(self, version: Version) -> None:
         """Until everything that earlier weights have to play is played."""
-        before = self.blocks(version.number - 1) if version.number > self._first else []
+        before = self.blocks(version.number - 1) if version.number > self.first else []
         here = self.blocks(version.number) if version.number < self._config.spin.num_iterations else []
         self._wait_for([block for block in [*before, *here] if block.version.precedes(version)])
 

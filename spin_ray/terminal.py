@@ -13,9 +13,12 @@ PLAIN_EVERY_S = 20
 COLUMNS = (
     ("model", 10, "model"), ("exact_match_t1_share", 12, "match T=1"), ("exact_match_greedy_share", 14, "match greedy"),
     ("real_nll_nats_per_token", 10, "NLL/token"), ("same_as_real_share", 8, "y' == y"), ("truncated_share", 10, "truncated"),
-    ("generated_tokens", 11, "tokens y'"), ("loss", 8, "loss"), ("margin", 8, "margin"),
+    ("generated_tokens", 11, "tokens y'"), ("loss", 8, "loss"), ("nll_term", 10, "NLL term"), ("margin", 8, "margin"),
     ("train_s", 9, "train s"), ("waited_s", 10, "waited s"),
 )
+
+OPTIONAL = {"nll_term"}
+"""Columns that only a run has whose first row has them."""
 
 
 class Terminal:
@@ -27,7 +30,8 @@ class Terminal:
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._tasks = {player: self._live.add_task(player, total=1, text="starting") for player in ("opponent", "main player")}
         self._printed = dict.fromkeys(self._tasks, time.monotonic())
-        self._header_done = False
+        self._status_printed = -PLAIN_EVERY_S
+        self._columns: list[tuple[str, int, str]] = []
 
     def __enter__(self) -> Terminal:
         self._live.start()
@@ -39,6 +43,15 @@ class Terminal:
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
+    def status(self, text: str) -> None:
+        """A line that the next one replaces, and an empty one removes; in a log file one is printed now and then."""
+        if self._console.is_terminal:
+            self._console.file.write(f"\r\x1b[2K{text[: self._console.width - 1]}")
+            self._console.file.flush()
+        elif text and time.monotonic() - self._status_printed >= PLAIN_EVERY_S:
+            self._status_printed = time.monotonic()
+            self.say(text)
+
     def progress(self, player: str, done: int, total: int, text: str) -> None:
         """Redraw the line of a player: "opponent" or "main player"."""
         self._live.update(self._tasks[player], completed=done, total=total, text=text)
@@ -48,10 +61,10 @@ class Terminal:
 
     def row(self, cells: Mapping[str, Any]) -> None:
         """One line of the run's table: a model and, where it was trained here, its iteration."""
-        if not self._header_done:
-            self._header_done = True
-            self.say("".join(f"{title:>{width}}" for _, width, title in COLUMNS))
-        self.say("".join(f"{_cell(cells.get(key)):>{width}}" for key, width, _ in COLUMNS))
+        if not self._columns:
+            self._columns = [column for column in COLUMNS if column[0] in cells or column[0] not in OPTIONAL]
+            self.say("".join(f"{title:>{width}}" for _, width, title in self._columns))
+        self.say("".join(f"{_cell(cells.get(key)):>{width}}" for key, width, _ in self._columns))
 
 
 def _cell(value: Any) -> str:

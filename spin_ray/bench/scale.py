@@ -30,6 +30,7 @@ from spin_ray.learner.group import Learner
 from spin_ray.manifest import RunDir
 from spin_ray.model import inspect_model
 from spin_ray.placement import choose_hardware
+from spin_ray.preflight import Proof
 from spin_ray.records import Prompt, Version
 from spin_ray.sampler.fake import FakeFleet, FakeSampler, FleetMember
 from spin_ray.sampler.pool import Limits, start_pool
@@ -126,5 +127,5 @@ def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_
     make_player = functools.partial(make_fake_player, pairs_per_s=rates, weights_mib=weights_mib)
     learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=make_player)
     with Tracker(config, run.path) as tracker, open(os.devnull, "w") as nowhere:
-        SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), tracker, Terminal(nowhere), Interrupts()).play()
+        SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), Proof(), tracker, Terminal(nowhere), Interrupts()).play()
     learner.stop()

@@ -9,11 +9,12 @@ The learner lives through all iterations in ONE Ray Train `fit()`; its workers a
 | worker whose step diverged | the driver's decision | `roll_back`, or `fail` |
 | driver | result of command k, or what it announced under another key | rank 0's `answer` |
 | driver | a new group of workers, after what the last one published is lost | its `join` |
+| driver, whatever else it waits for | a failure | `fail` |
 | all of them | | `fail`: every present and later wait raises the first error |
 
-A worker that dies takes its group with it; Ray Train starts a new one, which joins at the base and carries out all commands
-from there again. Their results come again under the same keys. A group that is rolled back ends in the same way; only
-deaths count against `max_restarts`, past which the run ends with the first one's cause.
+Whether a report is acted on, and when, says reports.py. A worker that dies takes its group with it; Ray Train starts a new one,
+which joins at the base and carries out all commands from there again. Their results come again under the same keys. A group that is
+rolled back ends in the same way; only deaths count against `max_restarts`, past which the run ends with the first one's cause.
 
 Back-pressure: none is needed. A block is a few megabytes of token ids in the object store (which spills by itself), and
 the number of blocks of an iteration is known. When the base moves, everything that lies before it is dropped: commands,
@@ -100,11 +101,12 @@ class Coordinator:
         """What was posted under this number, once it is."""
         return await self._wait(lambda: number in self._commands, lambda: self._commands[number])
 
-    async def answer(self, key: int | Version, result: Any) -> None:
-        """Leave the result of a command under its number, or a snapshot under its version."""
+    async def answer(self, key: int | Version, result: Any, group: int | None = None) -> None:
+        """Leave the result of a command under its number, or a snapshot under its version; that of a replaced group is dropped."""
         async with self._changed:
-            self._results[key] = result
-            self._changed.notify_all()
+            if group in (None, self._group):
+                self._results[key] = result
+                self._changed.notify_all()
 
     async def result(self, key: int | Version) -> Any:
         """What rank 0 left under this key, once it is there."""
@@ -146,6 +148,7 @@ class Coordinator:
             return False
         async with self._changed:
             self._rollbacks, self._ending = self._rollbacks + 1, True
+            self._results = {}  # a snapshot of the spoilt training among them
             self._spoilt.add(group)
             self._changed.notify_all()
         return True
@@ -195,6 +198,10 @@ class Coordinator:
         async with self._changed:
             self._failure = self._failure or failure
             self._changed.notify_all()
+
+    async def failure(self) -> Failure:
+        """The first error, once there is one."""
+        return await self._wait(lambda: False, lambda: None)
 
     async def _wait(self, ready: Callable[[], bool], take: Callable[[], Any]) -> Any:
         async with self._changed:

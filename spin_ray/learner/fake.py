@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.loop import WorkerArgs
-from spin_ray.records import Pair
+from spin_ray.records import Pair, opponent_reference
 
 
 def make_fake_player(args: WorkerArgs, base: Base, *, pairs_per_s: Sequence[float], weights_mib: float = 0.0) -> FakePlayer:
@@ -26,7 +26,7 @@ LATE_S = 0.05
 
 
 class FakePlayer:
-    """Has the verbs of `MainPlayer` that a run with `reference.scorer=opponent` uses; a step sleeps."""
+    """Has the verbs of `MainPlayer` that a run uses; a step sleeps, and no weight ever moves."""
 
     def __init__(self, pairs_per_s: Sequence[float], weights_mib: float):
         self.rank = dist.get_rank()
@@ -54,6 +54,12 @@ class FakePlayer:
         metrics = {"loss": math.log(2), "spin_loss": math.log(2), "margin": 0.0}
         return {**metrics, "num_tokens": float(sum(len(p.real_ids) + len(p.generated_ids) for p in pairs))}
 
+    def freeze(self) -> None:
+        pass
+
+    def score(self, pairs: Sequence[Pair], *, frozen: bool = False) -> np.ndarray:
+        return np.array([opponent_reference(pair) for pair in pairs])
+
     def token_logps(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """What `FakeSampler.score` answers."""
         return [np.full(len(ids), -1.0, np.float32) for pair in pairs for ids in (pair.real_ids, pair.generated_ids)]
@@ -68,3 +74,6 @@ class FakePlayer:
     def save_checkpoint(self, folder: Path) -> None:
         if self.rank == 0:
             (folder / "fake").touch()
+
+    def load_checkpoint(self, folder: Path, *, name: str = "") -> None:
+        assert (folder / "fake").exists(), name

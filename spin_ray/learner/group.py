@@ -25,6 +25,7 @@ from spin_ray.learner.coordinator import Base, Coordinator, Failure
 from spin_ray.learner.loop import WorkerArgs, make_main_player, run_worker
 from spin_ray.learner.messages import Saving, Stop
 from spin_ray.placement import Hardware
+from spin_ray.records import Pair
 from spin_ray.storage import DISK, Disk
 
 
@@ -36,17 +37,19 @@ class Learner:
 
     def __init__(
         self, config: Config, hardware: Hardware, *, model_path: str, logs: Path, checkpoint: Path | None = None,
-        rollbacks: int = 0, storage: Disk = DISK, make_player: Callable[[WorkerArgs, Base], Any] = make_main_player,
+        rollbacks: int = 0, storage: Disk = DISK, proof_pairs: tuple[Pair, ...] = (),
+        make_player: Callable[[WorkerArgs, Base], Any] = make_main_player,
     ):
-        """`rollbacks`: those of the run's earlier sessions."""
+        """`rollbacks`: those of the run's earlier sessions. `proof_pairs`: see preflight.py."""
         base = Base(model_path, str(checkpoint) if checkpoint else None)
         self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote(
             base, max_restarts=config.learner.max_restarts, rollbacks=rollbacks
         )
         self._args = WorkerArgs(
             coordinator=self.coordinator, config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code,
+            chat_template=config.model.chat_template,
             seed=config.run.seed, log_dir=str(logs), storage=storage, make_player=make_player,
-            rollback_lr_factor=config.guard.rollback_lr_factor,
+            proof_pairs=proof_pairs, rollback_lr_factor=config.guard.rollback_lr_factor,
         )
         self._max_failures = config.learner.max_restarts + config.guard.max_rollbacks  # the coordinator tells them apart
         self._ray_train = logs / "ray_train"
@@ -62,6 +65,14 @@ class Learner:
 
     def run(self, command: Any) -> Any:
         return self.result(self.post(command))
+
+    def put_block(self, iteration: int, place: int, pairs: Any) -> None:
+        """Offer a finished block of an iteration, an Arrow table, at its place in the order of training."""
+        ray.get(self.coordinator.put_block.remote(iteration, place, [ray.put(pairs)]))
+
+    def failure(self) -> BaseException:
+        """Wait until the learner fails, or is told to; returns the first error."""
+        return ray.get(self.coordinator.failure.remote()).error
 
     def drain(self) -> list[Any]:
         """StepRecords and Spans that the workers have logged since the last call."""
@@ -85,6 +96,8 @@ class Learner:
 
     def fail(self, error: BaseException) -> None:
         """Make every waiting worker, and the driver, raise this error (its text, if it cannot be sent)."""
+        if not ray.is_initialized():
+            return  # nobody waits
         try:
             ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
         except Exception:  # whatever it is that keeps an error from being pickled, its text must arrive
@@ -113,9 +126,8 @@ class Learner:
                 return self._end(error)
 
     def _end(self, error: BaseException) -> None:
-        """Hand an error to whoever waits for a result, which re-raises it; a Ray that is shut down has nobody who waits."""
-        if ray.is_initialized():
-            self.fail(error)
+        """Hand an error to whoever waits for a result, which re-raises it."""
+        self.fail(error)
 
     def _new_trainer(self) -> ray.train.torch.TorchTrainer:
         config, hardware = self._args.config, self._args.hardware
@@ -176,6 +188,8 @@ def _died(error: Exception) -> bool:
     return isinstance(getattr(error, "health_check_failure", None), ray.exceptions.RayActorError)
 
 
+POLL_S = 0.2
+"""How often the driver asks what the workers have to say."""
 INTERRUPT_PATIENCE_S = 300.0
 """How long an interrupted training may be silent: it finishes a step and saves its progress, unless it waits for the opponent."""
 
@@ -205,4 +219,4 @@ def follow(
                 patience_ends = math.inf if isinstance(records[-1], Saving) else time.monotonic() + patience_s
             if time.monotonic() > patience_ends:
                 raise Interrupted("interrupted while the main player waited; the same command goes on")
-            wait([waiting], timeout=0.2)
+            wait([waiting], timeout=POLL_S)

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,8 +26,9 @@ from spin_ray.imports import without_gc
 from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
 from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, unwrapped
-from spin_ray.learner.messages import Count, Divergence, Publish, Save, Saving, Score, StepRecord, Stop, Train, TrainReport
+from spin_ray.learner.messages import Count, Divergence, Proved, Publish, Save, Saving, Score, StepRecord, Stop, Train, TrainReport
 from spin_ray.placement import Hardware
+from spin_ray.places import drop_left_build_locks
 from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
 from spin_ray.storage import Disk, readable_disk_errors
 
@@ -49,6 +50,10 @@ class WorkerArgs:
     """Where what the workers write lies for good."""
     make_player: Callable[[WorkerArgs, Base], Any]
     """Makes the worker's main player; not the real one only in measurements of what is around it."""
+    chat_template: str = ""
+    """In place of the tokenizer's own, as in `model.chat_template`: exported with the model."""
+    proof_pairs: tuple[Pair, ...] = ()
+    """Pairs on which the model is compared with plain transformers before the first step."""
     rollback_lr_factor: float = 1.0
     """What each rollback multiplies the learning rate by."""
 
@@ -59,6 +64,7 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     import torch
 
     os.environ.update(args.hardware.learner_env)
+    drop_left_build_locks()
     with without_gc():
         from spin_ray.learner.engine import MainPlayer  # DeepSpeed reads the environment when it is imported
 
@@ -66,11 +72,34 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     if args.hardware.device == "cuda":
         torch.cuda.set_device(ray.train.torch.get_device())
     model_path = str(args.storage.fetch(Path(base.model_path)))
-    player = MainPlayer(model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code)
+    player = MainPlayer(
+        model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code, chat_template=args.chat_template,
+        proof_pairs=args.proof_pairs,
+    )
+    if player.proof and player.rank == 0:
+        ray.get(args.coordinator.log.remote(Proved(f"model: {player.proof}", player.proof.seconds)))
     if base.checkpoint_path:
         checkpoint = Path(base.checkpoint_path)
         player.load_checkpoint(args.storage.fetch(checkpoint), name=args.storage.name(checkpoint))
     return player
+
+
+def plain_real_logps(model_path: str, dtype: str, pairs: Sequence[Pair], log_path: str) -> list[np.ndarray]:
+    """Log-probs of the pairs' real answers by plain transformers on a CPU, one array [num_real_tokens] each, in nats.
+
+    A task of its own, where there is no learner to compare the sampler with.
+    """
+    redirect_output(log_path)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    with without_gc():
+        from spin_ray.learner.engine import load_model
+        from spin_ray.learner.proof import as_transformers_means_it, plain_logps
+
+    lm = load_model(model_path, dtype=getattr(torch, dtype))
+    with torch.no_grad(), as_transformers_means_it(lm):
+        return [plain_logps(lm, pair.prompt_ids, pair.real_ids).float().numpy() for pair in pairs]
 
 
 def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
@@ -85,6 +114,8 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
     redirect_output(f"{args.log_dir}/learner-{ray.train.get_context().get_world_rank()}.log")
     try:
         joined = _join(args.coordinator)
+        if joined.group > 1:
+            args = replace(args, proof_pairs=())  # the first group has proved it
         worker, number = Worker(args.make_player(args, joined.base), args, joined), joined.base.first_command
         while not isinstance(command := _command(args.coordinator, number), Stop):
             result = worker.carry_out(command)
@@ -124,6 +155,8 @@ class Worker:
         self._player, self._args, self._joined = player, args, joined
         self._coordinator = args.coordinator
         self._iteration = 0
+        self._at_base = True
+        """Whether the next training is the base's, which earlier groups may have begun."""
         self._logged: list[Any] = []
         self._interrupted = False
         self._steps_saved = 0
@@ -177,7 +210,7 @@ class Worker:
             self._log(StepRecord(command.iteration, step, total_steps, {
                 **metrics, **staleness(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
                 "tokens_per_s": metrics["num_tokens"] / seconds, "waited_s": feed.waited_s,
-            }))
+            }, self._joined.group))
             interrupted = self._player.any_rank(self._interrupted)
             due = config.checkpoint_every_steps and count.steps % config.checkpoint_every_steps == 0
             if command.progress_path and count.steps < total_steps and (due or interrupted):
@@ -192,14 +225,20 @@ class Worker:
         )
 
     def _take_up(self, command: Train) -> Count:
-        """Begin the iteration, or go on from the progress that an earlier group of workers saved."""
+        """Begin the iteration, or go on from the progress that an earlier group of workers saved.
+
+        Only the base's: an earlier group that got further did so from another theta_t than this one's, which nobody has.
+        """
         self._player.begin_iteration()
         self._steps_saved = 0
+        at_base, self._at_base = self._at_base, False
         afresh = Count(rollbacks=self._joined.rollbacks)
         if command.progress_path is None:
             return afresh
         storage, state = self._args.storage, _progress(command)[0]
-        if not storage.fetch(state).exists():
+        if not at_base and self._player.rank == 0:
+            storage.remove(state.parent)  # lest a later group, whose base this iteration is, believe it
+        if not at_base or not storage.fetch(state).exists():
             return afresh
         count = _read_count(state, storage)
         self._steps_saved = count.steps
@@ -258,7 +297,7 @@ class Worker:
     def answer(self, key: Hashable, result: Any) -> None:
         if self._player.rank == 0:
             ray.get(self._logged)  # what was logged before is there before the answer
-            ray.get(self._coordinator.answer.remote(key, result))
+            ray.get(self._coordinator.answer.remote(key, result, self._joined.group))
 
     def _log(self, record: Any) -> None:
         if self._player.rank == 0:

@@ -44,6 +44,8 @@ class StepRecord:
     step: int
     total_steps: int
     metrics: dict[str, float]
+    group: int = 0
+    """Which group of workers took the step, from 1 on."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class Divergence:
     iteration: int
     step: int
     error: Diverged
+
+
+@dataclass(frozen=True)
+class Proved:
+    """What the driver hears when the packed forward pass has been compared with plain transformers; see proof.py."""
+
+    facts: str
+    """What was compared and how far it differed, in words."""
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ def test_scale_runs_the_real_loop_with_simulated_players():
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-m", "spin_ray", "bench", "scale", "--sizes", "3x2", "--seconds-per-hour", "0.3", "--prompts", "128"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -27,7 +27,7 @@ def test_slope_nothing_is_kept_from_iteration_to_iteration():
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-m", "spin_ray", "bench", "slope", "--iterations", "9", "--prompts", "64"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])

@@ -43,7 +43,7 @@ def records(run: Path, file: str) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def wait_for(condition, what: str, timeout: float = 240) -> None:
+def wait_for(condition, what: str, timeout: float = 900) -> None:
     until = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < until, f"waited {timeout} s for {what}"
@@ -65,13 +65,19 @@ def steps(run: Path, iteration: int) -> list[int]:
     return [r["step"] for r in records(run, "metrics.jsonl") if "train/loss" in r and r["iteration"] == iteration]
 
 
+def catches(run: subprocess.Popen, number: int) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    status = Path(f"/proc/{run.pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
 def family(run: subprocess.Popen) -> list[psutil.Process]:
     driver = psutil.Process(run.pid)
     return [driver, *driver.children(recursive=True)]
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    _, left = psutil.wait_procs(processes, timeout=30)
+    _, left = psutil.wait_procs(processes, timeout=120)
     assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
@@ -96,7 +102,7 @@ def watched(tmp_path_factory) -> tuple[Path, Watched]:
         processes, "\n".join(" ".join(p.cmdline()) for p in processes),
         {(p.name(), c.laddr.ip) for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN},
     )
-    assert process.wait(timeout=400) == 0
+    assert process.wait(timeout=1800) == 0
     return run, seen
 
 
@@ -129,18 +135,18 @@ def test_ray_listens_on_this_machine_only(watched):
 WORKER_DIES_AT_THE_FIRST_SYNC = """
 import sys, time, psutil
 from spin_ray.__main__ import main
-from spin_ray.selfplay import SelfPlay
+from spin_ray.opponent import Opponent
 
-def load_without_worker(players, weights):
-    SelfPlay._load = load
+def load_without_worker(opponent, weights):
+    Opponent.load = load
     for process in psutil.Process().children(recursive=True):
         if process.name().startswith("ray::RayTrainWorker"):
             process.kill()
             process.wait()
     time.sleep(2)  # until the object store has let go of what the worker had put there
-    load(players, weights)
+    load(opponent, weights)
 
-load, SelfPlay._load = SelfPlay._load, load_without_worker
+load, Opponent.load = Opponent.load, load_without_worker
 sys.exit(main())
 """
 
@@ -156,7 +162,7 @@ def test_all_that_is_replaced_dies_and_the_run_ends_as_if_nothing_had_happened(u
     kill(process, "ray::RayTrainWorker")
     wait_for(lambda: len(steps(run, 1)) > 7, "some steps of iteration 1")
     kill(process, "ray::TrainController")
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output[-3000:]
     assert max(r.get("sampler/num_restarts", 0) for r in records(run, "metrics.jsonl")) == 1
     for t, total in ((0, 40), (1, 80)):
@@ -176,17 +182,16 @@ def test_all_that_is_replaced_dies_and_the_run_ends_as_if_nothing_had_happened(u
 def test_interrupted_run_saves_its_progress_leaves_nothing_behind_and_goes_on(undisturbed):
     run, shared_memory = undisturbed.parent / "interrupted", set(os.listdir("/dev/shm"))
     process = start(run.parent, run.name)
-    wait_for(lambda: (run / "logs/driver.log").exists(), "the run's first log")
-    time.sleep(0.5)
+    wait_for(lambda: catches(process, signal.SIGTERM), "the command to listen")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and output == "spin-ray: interrupted; the same command goes on\n"
 
     process = start(run.parent, run.name)
     wait_for(lambda: len(steps(run, 0)) > 6, "some steps of iteration 0")
     processes = family(process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and "of iteration 0; the same command goes on" in output
     assert_gone(processes)
     assert (run / "iter_000/progress/count.json").is_file()
@@ -198,16 +203,14 @@ def test_interrupted_run_saves_its_progress_leaves_nothing_behind_and_goes_on(un
     processes = family(process)
     ports = {c.laddr.port for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and time.monotonic() - begun < 10, output[-2000:]
+    process.send_signal(signal.SIGTERM)  # another one: two of the same kind may arrive as one
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 130 and "after step" not in output, output[-2000:]  # not when the step is done: at once
     assert_gone(processes)
     assert not ports & {c.laddr.port for c in psutil.net_connections() if c.status == psutil.CONN_LISTEN}
     assert set(os.listdir("/dev/shm")) <= shared_memory
 
-    assert start(run.parent, run.name).wait(timeout=400) == 0
+    assert start(run.parent, run.name).wait(timeout=1800) == 0
     assert steps(run, 1) == list(range(80))  # of iteration 0 the log of steps that were under way at the second Ctrl-C is missing
     assert_same_models(undisturbed, run)
 
@@ -246,7 +249,7 @@ def test_interrupted_after_every_stage_a_run_ends_with_the_same_bits(undisturbed
     codes = []
     while not codes or codes[-1] == 9:
         process = start(run.parent, run.name, str(tmp_path / "dies.py"))
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=1800)
         codes.append(process.returncode)
     stages = [(mark["stage"], mark.get("iteration")) for mark in records(run, "manifest.jsonl")]
     assert codes == [9] * (len(stages) - 1) + [0], output[-3000:]

@@ -40,7 +40,7 @@ def test_killed_run_goes_on_from_the_store_alone(object_store, tmp_path):
     def files(folder: str) -> dict[str, int]:
         return {info.base_name: info.mtime_ns for info in store.get_file_info(FileSelector(f"{base}/{folder}")) if info.is_file}
 
-    process, until = start(url, tmp_path / "first"), time.monotonic() + 240
+    process, until = start(url, tmp_path / "first"), time.monotonic() + 900
     while not store.get_file_info(f"{base}/iter_000/progress/count.json").is_file:
         assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=10)[0][-3000:]
         time.sleep(0.1)
@@ -51,7 +51,7 @@ def test_killed_run_goes_on_from_the_store_alone(object_store, tmp_path):
     assert blocks and b"iteration" not in read("manifest.jsonl")
 
     process = start(url, tmp_path / "second")
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output[-3000:]
     shown = url.partition("?")[0] + "/far"
     assert f"finished: the model is {shown}/iter_000/model" in output
@@ -69,7 +69,7 @@ def test_killed_run_goes_on_from_the_store_alone(object_store, tmp_path):
         assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in read(name)
 
     again = start(url, tmp_path / "third")
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate(timeout=600)
     assert again.returncode == 0 and f"{shown} is finished" in output
     reader = ObjectStore(url, tmp_path / "reader")
     model = reader.fetch(tmp_path / "reader/far/iter_000/model")

@@ -22,7 +22,7 @@ def start(runs: Path) -> subprocess.Popen:
         [sys.executable, "-m", "spin_ray", "run", "conf/demo.yaml", f"run.dir={runs}", "run.name=bad", "spin.num_iterations=2",
          f"data.max_prompts={NUM_PROMPTS}", "data.eval=''", "sampler.block_prompts=16", "learner.batch_pairs=8", "spin.lr=1.0e+300",
          "guard.on_divergence=rollback", "guard.rollback_lr_factor=1.0e-303", "learner.checkpoint_every_steps=1", "learner.max_restarts=0",
-         "sampler.heartbeat_timeout_s=10", "run.keep_pairs_iterations=1", "run.keep_checkpoints=2"],
+         "sampler.heartbeat_timeout_s=25", "run.keep_pairs_iterations=1", "run.keep_checkpoints=2"],
         cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
 
@@ -35,7 +35,7 @@ def test_rollback_heartbeat_and_a_restart_too_many(tmp_path):
     hung[0].send_signal(signal.SIGSTOP)
     wait_for(lambda: len(steps(run, 1)) > 3, "some steps of iteration 1")
     kill(process, "ray::RayTrainWorker")
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=1800)
     assert process.returncode == 1 and "rollback 1 of 2: iteration 0 starts over from theta_0 with 1e-303 times the learning rate" in output
     assert len(errors.strip().splitlines()) == 1, errors
     assert "failed more often than learner.max_restarts=0 allows; first rank 0: " in errors and "bad/logs/learner-0.log" in errors
@@ -45,7 +45,7 @@ def test_rollback_heartbeat_and_a_restart_too_many(tmp_path):
     assert steps(run, 0) == [*range(mark["step"]), *range(20)]  # from the start again, not from the progress that led there
 
     again = start(tmp_path)
-    output, errors = again.communicate(timeout=300)
+    output, errors = again.communicate(timeout=1800)
     assert again.returncode == 0 and "starts over" not in output, errors
     rates = [r["train/lr"] for r in records(run, "metrics.jsonl") if "train/lr" in r]
     assert all(rate > 1e298 for rate in rates[: mark["step"]]) and all(rate <= 1e-3 * (1 + 1e-9) for rate in rates[mark["step"] :])

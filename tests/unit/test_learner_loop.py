@@ -124,7 +124,7 @@ def test_staleness(make_pairs):
 
 
 def run_async(scenario):
-    return asyncio.run(asyncio.wait_for(scenario(), timeout=5))
+    return asyncio.run(asyncio.wait_for(scenario(), timeout=60))
 
 
 def test_coordinator_commands_and_results_in_any_order_of_arrival():
@@ -312,6 +312,21 @@ def test_a_divergence_ends_the_group_and_the_next_one_trains_with_a_lower_lr_fro
     assert [record.step for record in records] == [0, 1, 2, 3, 4]
     player, _ = trained(2, Count(steps=3, rollbacks=2))
     assert player.calls == ["begin", "step_3"] and len(player.lrs) == 2
+
+
+def test_progress_of_an_iteration_that_is_not_the_base_s_belongs_to_a_theta_that_is_lost(trained, tmp_path, monkeypatch):
+    """A group that got as far as iteration 1 before theta_1 was durable may have saved some; neither this group nor a later one believes it."""
+    first = Worker.carry_out
+
+    def at_base_first(worker, command):
+        first(worker, dataclasses.replace(command, iteration=0, progress_path=None))
+        worker._player.calls.clear()
+        return first(worker, command)
+
+    monkeypatch.setattr(Worker, "carry_out", at_base_first)
+    player, records = trained(2, Count(steps=3, rollbacks=2))
+    assert player.calls == ["begin"] and [record.step for record in records if record.iteration == 1] == [0, 1, 2, 3, 4]
+    assert not (tmp_path / "progress").exists()
 
 
 def test_count_goes_on_where_it_was():

@@ -96,10 +96,10 @@ def test_weights_are_loaded_only_when_earlier_ones_owe_nothing():
     for block in schedule.blocks(0):
         assert still_waits(snapshot) and still_waits(theta_1)
         schedule.block_played(block)
-    snapshot.join(timeout=5)
+    snapshot.join(timeout=60)
     assert not snapshot.is_alive() and still_waits(theta_1)  # the block ahead is still to be played by the snapshot
     schedule.block_played(schedule.blocks(1)[0])
-    theta_1.join(timeout=5)
+    theta_1.join(timeout=60)
     assert not theta_1.is_alive()
 
 
@@ -109,7 +109,7 @@ def test_evaluation_waits_for_the_play_of_its_own_version():
     assert still_waits(evaluation)
     for block in reversed(schedule.blocks(0)):  # whatever the order
         schedule.block_played(block)
-    evaluation.join(timeout=5)
+    evaluation.join(timeout=60)
     assert not evaluation.is_alive()
     schedule.wait_until_may_evaluate(3)  # the last version plays nothing
     overlap("stream", first=2).wait_until_may_evaluate(1)  # played in an earlier session
@@ -121,7 +121,7 @@ def test_failure_ends_present_and_later_waits_with_the_first_error():
     first = RuntimeError("first")
     schedule.fail(first)
     schedule.fail(RuntimeError("follow-up"))
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert raised == [first]
     with pytest.raises(RuntimeError, match="first"):
         schedule.wait_until_may_evaluate(0)

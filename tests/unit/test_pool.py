@@ -1,7 +1,10 @@
-"""The sampler pool's ordering contract, with fake samplers in this process: no Ray, no engine."""
+"""The sampler pool's ordering contract, with fake samplers in this process: no Ray, no engine, and no time but the test's own."""
 
 import asyncio
 import gc
+import selectors
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,9 +53,39 @@ def weights(version):
     return PublishedWeights(version, (), 0)
 
 
+class OwnClock(asyncio.SelectorEventLoop):
+    """Time passes only where everybody waits for it, and then at once: a busy machine is no slower than any other."""
+
+    def __init__(self):
+        super().__init__(Skipping(self))
+        self.now = 1000.0
+
+    def time(self):
+        return self.now
+
+
+class Skipping(selectors.SelectSelector):
+    """Instead of waiting it sets the clock forward."""
+
+    def __init__(self, loop):
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout=None):
+        ready = super().select(0)
+        if not ready:
+            assert timeout is not None, "everybody waits for somebody else"
+            self._loop.now += max(timeout, 0)
+        return ready
+
+
 def run(scenario):
+    loop = OwnClock()
+    clock = SimpleNamespace(monotonic=loop.time, time=loop.time)
     try:
-        return asyncio.run(asyncio.wait_for(scenario(), timeout=10))
+        with (asyncio.Runner(loop_factory=lambda: loop) as runner,
+              mock.patch("spin_ray.sampler.pool.time", clock), mock.patch("spin_ray.sampler.fake.time", clock)):
+            return runner.run(asyncio.wait_for(scenario(), timeout=1000))
     finally:
         gc.collect()  # futures whose error nobody asked for say so when they are collected: here, not in the middle of another test
 

@@ -1,0 +1,184 @@
+"""The driver's side of the opponent: what it plays, with which weights, and when. The main player's is learner/group.py.
+
+    Version(t) ──► load ──► audit ──► (selfplay marks it) ──► release ──┬─► plays iteration t ──► evaluated, with what time is left
+                                                                        └─► `lookahead`: load of a snapshot of t + 1 ──► plays ahead
+
+| who waits | for what | where |
+|---|---|---|
+| `load` | all that earlier weights have to play; evaluations that were put off before | `Overlap`, `Evaluations.make_way`, the pool |
+| the audit | nothing: the pool answers it before it answers the play | `AUDIT` in sampler/pool.py |
+| the play of a version | `release`, behind the audit | the pool |
+| a snapshot's load | iteration t played; a rollback of the training that made it, which voids it | `_take_snapshot` |
+| all of them | the first error of any thread | `Threads` |
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+
+from spin_ray.background import Threads
+from spin_ray.config import Config
+from spin_ray.errors import WeightsLost
+from spin_ray.evaluation import Evaluations
+from spin_ray.exchange.audit import Audit, compare
+from spin_ray.exchange.pairs import PlayPlan, play
+from spin_ray.guard import FirstAnswers
+from spin_ray.learner.group import Learner
+from spin_ray.learner.messages import Score
+from spin_ray.manifest import RunDir
+from spin_ray.model import ModelFacts
+from spin_ray.overlap import Overlap
+from spin_ray.placement import Hardware
+from spin_ray.records import Prompt, PublishedWeights, Span, Version, real_only
+from spin_ray.reporting import Reporting
+from spin_ray.sampler.pool import AUDIT, sampling_settings
+from spin_ray.system import let_learner_go_first
+
+
+class Opponent:
+    """All versions of it, one after the other, in one pool of samplers.
+
+    The main thread loads, audits and releases theta_t; one thread hands on what is played, iteration after iteration; evaluations
+    and snapshots have short-lived threads of their own.
+    """
+
+    def __init__(
+        self, config: Config, run: RunDir, facts: ModelFacts, hardware: Hardware, pool: Any, learner: Learner, overlap: Overlap,
+        threads: Threads, reporting: Reporting, *, prompts: Sequence[Prompt], heldout: Sequence[Prompt],
+    ):
+        """`prompts`: the training data, whose first rows are audited. `learner` gives snapshots and takes blocks."""
+        self._config, self._run, self._hardware, self._pool, self._learner = config, run, hardware, pool, learner
+        self._overlap, self._threads, self._reporting = overlap, threads, reporting
+        self._settings, self._has_heldout = sampling_settings(config, facts.chat), bool(heldout)
+        self._audited = prompts[: config.audit.num_prompts]
+        self._first_answers = FirstAnswers(config, facts.chat)
+        self._evaluations = Evaluations(config, run, facts, heldout, pool, overlap, threads, reporting)
+        self._snapshots_used: set[int] = set()
+        """Iterations whose training has a snapshot that played ahead."""
+        self._num_voided = 0
+        """Trainings that were rolled back, and their snapshots with them."""
+        self._taking = threading.Lock()
+        """A snapshot is taken before a rollback or after it."""
+
+    def start(self) -> None:
+        """Start the play of all iterations: its pipeline starts up while the engines do. Returns when a sampler is up."""
+        self._threads.start(self._play)
+        ready = self._pool.ready.remote().future()
+        while not self._threads.settled(ready, timeout_s=60):
+            number = self._config.sampler.num_replicas
+            self._reporting.terminal.say(f"still waiting for the first of {number} samplers; free: {ray.available_resources()}")
+        self._threads.result(ready)
+
+    def _play(self) -> None:
+        """Lines 3-5: theta_t answers every prompt. Hands every block on as soon as it is finished."""
+        plan = PlayPlan(
+            self._run, self._pool, self._settings, score=self._config.reference.scorer == "opponent",
+            max_steps_early=self._overlap.max_steps_early,
+        )
+        blocks = [block for t in range(self._overlap.first, self._config.spin.num_iterations) for block in self._overlap.blocks(t)]
+        for block, table in play(plan, blocks, self._hardware.blocks_in_flight):
+            t, name = block.iteration, self._run.storage.name(self._run.pairs(block.iteration, block.kind, block.index))
+            self._reporting.play_begins(t)
+            self._learner.put_block(t, block.place, table)
+            self._overlap.block_played(block)
+            if block.kind == "block" and (shares := self._first_answers.look(t, table, name)):
+                self._reporting.tracker.log("sampler", shares, iteration=t, opponent_version=t)
+            self._reporting.played(block, table)
+
+    def load(self, weights: PublishedWeights) -> None:
+        """Bring new weights to the samplers, once they owe nothing under the old ones. Raises WeightsLost."""
+        self._overlap.wait_until_may_load(weights.version)
+        self._evaluations.make_way(weights.version)
+        begun = time.monotonic()
+        seconds = max(self._ask("load", weights), default=0.0)
+        metrics = {"load_s": seconds, "total_s": time.monotonic() - begun, "gib_per_s": weights.num_bytes / 2**30 / max(seconds, 1e-9)}
+        self._reporting.tracker.log("sync", metrics, opponent_version=weights.version.number)
+
+    def probe(self) -> Score:
+        """What the learner is to score for the audit."""
+        return Score(tuple(real_only(prompt, self._overlap.first) for prompt in self._audited))
+
+    def audit(self, version: Version, probed: Sequence[np.ndarray]) -> Audit:
+        """Sampler and learner score the same real answers; `probed` is what the learner answered to `probe`. Raises AuditError."""
+        answers = self._ask("score", version, [p.prompt_ids for p in self._audited], [p.real_ids for p in self._audited], AUDIT)
+        audit = compare(version.number, answers, probed[::2], self._hardware.audit_tolerance)
+        metrics = {"mean_abs_logp_difference_nats": audit.mean_nats, "max_abs_logp_difference_nats": audit.max_nats}
+        self._reporting.tracker.log("audit", metrics, opponent_version=version.number)
+        return audit
+
+    def saved(self, weights: PublishedWeights, folder: str) -> None:
+        """What the samplers hold is on disk: the object store is free of it, and it may be loaded from there again."""
+        self._evaluations.tied_names = weights.tied_names
+        self._ask("saved", weights.version, folder)
+
+    def evaluate_the_one_before(self, version: int) -> None:
+        """theta_{version-1}'s evaluation, put off when the session before ended, or seen by a guard that ended it."""
+        if version and self._has_heldout:
+            self._evaluations.start(version - 1, {})
+
+    def release(self, version: int, trained: dict[str, Any]) -> None:
+        """theta_version may play, and be evaluated in what time the play leaves; `trained` goes into its row of the table."""
+        self._open(Version(version))
+        if self._hardware.learner_first:
+            let_learner_go_first()  # every time: processes come and go
+        self._evaluations.start(version, trained)
+        if early := self._overlap.snapshot(version):
+            played = [self._run.has_pairs(b.iteration, b.kind, b.index) for b in self._overlap.blocks_ahead(version + 1)]
+            if any(played):
+                self._snapshots_used.add(version)
+            if not all(played):
+                self._threads.start(self._play_ahead, early[1])
+
+    def _open(self, version: Version) -> None:
+        if version.number < self._config.spin.num_iterations:
+            self._reporting.play_begins(version.number)
+        self._ask("release", version)
+
+    def _play_ahead(self, version: Version) -> None:
+        """`lookahead`: a snapshot of the main player opens the next iteration while this one is still trained on."""
+        loaded = False
+        while not loaded:
+            group = self._learner.group()
+            weights = self._take_snapshot(version)
+            try:
+                self.load(weights)
+                loaded = True
+            except WeightsLost:
+                self._learner.wait_for_group_after(group)
+        self._open(version)
+
+    def _take_snapshot(self, version: Version) -> PublishedWeights:
+        """What the training that goes on has published, not one that was rolled back meanwhile."""
+        while True:
+            num_voided = self._num_voided
+            weights = self._learner.result(version)
+            with self._taking:
+                if num_voided == self._num_voided:
+                    self._snapshots_used.add(version.number - 1)
+                    return weights
+
+    @contextmanager
+    def voiding_snapshot(self, t: int, step: int) -> Iterator[bool]:
+        """While iteration t's training, at `step`, may be rolled back: whether its snapshot may have played already."""
+        early = self._overlap.snapshot(t)
+        with self._taking:
+            yield t in self._snapshots_used or (early is not None and step >= early[0])
+            self._num_voided += 1
+
+    def num_restarts(self) -> int:
+        return self._ask("num_restarts")
+
+    def spans(self) -> list[Span]:
+        """What the replicas have been busy with since the last call."""
+        return self._pool.spans.remote().future().result()  # also where the run has failed
+
+    def _ask(self, verb: str, *args: Any) -> Any:
+        """The pool's answer, or the first error of any thread."""
+        return self._threads.result(getattr(self._pool, verb).remote(*args).future())
