@@ -17,5 +17,5 @@ lint: setup            ## style and the things ruff knows to be wrong
 setup: $(STAMP)        ## .venv with everything; seconds when nothing changed
 
 $(STAMP): pyproject.toml
-	PYTHON=$(PYTHON) PROFILE=$(PROFILE) ./cluster/setup.sh
-	touch $@
+	@PYTHON=$(PYTHON) PROFILE=$(PROFILE) ./cluster/setup.sh
+	@touch $@

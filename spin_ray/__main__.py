@@ -10,12 +10,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from spin_ray.address import check_ray_address
 from spin_ray.config import Config, flatten, load_config
-from spin_ray.errors import BadInput, RunStopped
+from spin_ray.exits import ends_in_one_line
 from spin_ray.imports import without_gc
-from spin_ray.interrupt import Interrupted
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+from spin_ray.places import check_run_folder, stand_in_for_home
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,43 +32,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("options", nargs=argparse.REMAINDER, help="the bench's own; see spin-ray bench NAME --help")
     args = parser.parse_args(argv)
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
+    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "10")  # Ray reads it when it is imported
+    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for none
+        del os.environ["RAY_ADDRESS"]
     if not os.environ.get("RAY_ADDRESS"):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
-    try:
-        if args.command == "bench":
-            return importlib.import_module(f"spin_ray.bench.{args.name}").main(args.options)
-        config, origin = load_config(args.config, args.overrides)
-        args.function(config, origin)
-    except KeyboardInterrupt:
-        return _end(EXIT_INTERRUPTED, "interrupted; the same command goes on")
-    except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, Interrupted):
-            return _end(EXIT_INTERRUPTED, str(cause))
-        if isinstance(cause, (BadInput, RunStopped)):
-            return _end(EXIT_BAD_INPUT if isinstance(cause, BadInput) else EXIT_FAILED, str(cause))
-        raise
+    return ends_in_one_line("spin-ray", lambda: _work(args))
+
+
+def _work(args: argparse.Namespace) -> int:
+    if args.command != "config":
+        stand_in_for_home()
+        if os.environ.get("RAY_ADDRESS", "auto") not in ("auto", ""):
+            check_ray_address(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
+    if args.command == "bench":
+        return importlib.import_module(f"spin_ray.bench.{args.name}").main(args.options)
+    config, origin = load_config(args.config, args.overrides)
+    args.function(config, origin)
+    sys.stdout.flush()  # an error comes here, not at the interpreter's end
     return 0
 
 
-def _end(code: int, message: str) -> int:
-    print(f"spin-ray: {message}", file=sys.stderr)
-    if "ray" in sys.modules:
-        from spin_ray.system import leave
+def _check_surroundings(config: Config) -> None:
+    from spin_ray.tracking import check_wandb  # not at the top: it loads pyarrow
 
-        leave(code)
-    return code
-
-
-def _cause(error: Exception) -> BaseException:
-    if "ray" not in sys.modules:
-        return error
-    from spin_ray.system import first_error  # of an error that comes from an actor Ray makes one that is both, its type and RayError
-
-    return first_error(error)
+    check_wandb(config)
+    check_run_folder(config)
 
 
 def _run(config: Config, origin: dict[str, str]) -> None:
+    _check_surroundings(config)
     with without_gc():
         from spin_ray.selfplay import run_spin
 
@@ -77,6 +69,7 @@ def _run(config: Config, origin: dict[str, str]) -> None:
 
 
 def _sft(config: Config, origin: dict[str, str]) -> None:
+    _check_surroundings(config)
     with without_gc():
         from spin_ray.sft import run_sft
 
@@ -84,6 +77,7 @@ def _sft(config: Config, origin: dict[str, str]) -> None:
 
 
 def _eval(config: Config, origin: dict[str, str]) -> None:
+    check_run_folder(config)
     with without_gc():
         from spin_ray.evaluation import run_eval
 
@@ -106,12 +100,15 @@ COMMANDS: dict[str, tuple[Callable[[Config, dict[str, str]], None], str]] = {
 
 BENCHES = {
     "learner": "the learner's step beside TRL's DPOTrainer and a naive loop: speed, memory, loss",
+    "models": "every model family of transformers, tiny and random, through the learner and through transformers: docs/models.md",
     "memory": "how the step's peak memory grows with vocabulary, tokens and pairs",
     "overlap": "the same job in sequential, stream and lookahead: who waits, and is the result the same",
     "scale": "the real orchestration with simulated players, 1 to 64 sampler replicas and 1 to 8 learner workers",
     "slope": "what every process keeps over 20 iterations, with simulated players",
+    "samplers": "which model families vLLM loads and reloads on this machine, each against transformers",
     "sync": "a publish-load cycle of 1 GiB of weights against the machine's memcpy",
     "scripts": "the whole job against a fresh vLLM and a fresh TRL process per iteration",
+    "rows": "a million short rows read, tokenised and written: the driver's memory and time",
     "chaos": "a job whose processes are killed at random moments: is anything lost, done twice or wrong",
 }
 

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from spin_ray.errors import BadInput
+from spin_ray.exits import log_traceback
+from spin_ray.interrupt import Interrupted
+
 
 def redirect_output(path: str | Path) -> None:
     """Send this process's standard output and error, also those of its C libraries and children, to the end of a file."""
@@ -27,14 +31,20 @@ def redirect_output(path: str | Path) -> None:
 def captured_output(path: str | Path) -> Iterator[TextIO]:
     """While the body runs, send all that this process and its libraries print, and Python's logging, to a file.
 
-    Yields the standard output from before, for the one who may speak to the user.
+    Yields the standard output from before, for the one who may speak to the user. The file gets the traceback of what the body
+    raises, unless that is the user's to mend.
     """
     saved = [os.dup(1), os.dup(2)]
     try:
         with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as to_user:
             redirect_output(path)
             _log_to_stderr_only()
-            yield to_user
+            try:
+                yield to_user
+            except BaseException as error:
+                if not isinstance(error, (BadInput, Interrupted, KeyboardInterrupt)):
+                    log_traceback(error, path)
+                raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

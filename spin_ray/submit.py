@@ -7,14 +7,19 @@ import os
 import shlex
 import sys
 import time
+from urllib.parse import urlsplit
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from spin_ray.background import in_background
 from spin_ray.config import load_config
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, in_one_line
+from spin_ray.exits import ends_in_one_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 AGENT_TIMEOUT_S = 60.0
+CONNECT_S = 15.0
+_REMEDY = "start one with `ray start --head`, or set RAY_API_SERVER_ADDRESS"
 
 
 async def submit(arguments: list[str]) -> int:
@@ -26,10 +31,7 @@ async def submit(arguments: list[str]) -> int:
         raise BadInput("give a config file, such as conf/demo.yaml")
     load_config(arguments[0], arguments[1:])
     address = os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
-    try:
-        client = JobSubmissionClient(address)
-    except ConnectionError as error:
-        raise BadInput(f"no Ray cluster at {address}: start one with `ray start --head`, or set RAY_API_SERVER_ADDRESS") from error
+    client = await _connect(address)
     command = shlex.join([sys.executable, "-m", "spin_ray", "run", *arguments])
     entrypoint = f"cd {shlex.quote(os.getcwd())} && exec {command}"  # relative paths mean here, not Ray's working directory
     begun = time.monotonic()
@@ -53,9 +55,25 @@ async def submit(arguments: list[str]) -> int:
     return 1 if code is None or code < 0 else code
 
 
-if __name__ == "__main__":
+async def _connect(address: str) -> JobSubmissionClient:
+    """The cluster's job server. Raises BadInput if none answers within CONNECT_S, or if it does not want this user."""
+    _no_proxy_for(urlsplit(address).hostname or address)
+    waiting = in_background(JobSubmissionClient, address)
     try:
-        sys.exit(asyncio.run(submit(sys.argv[1:])))
-    except BadInput as error:
-        print(f"submit: {error}", file=sys.stderr)
-        sys.exit(2)
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(waiting)), CONNECT_S)
+    except TimeoutError as error:
+        raise BadInput(f"{address}: no answer of a Ray cluster within {CONNECT_S:g} s; {_REMEDY}") from error
+    except ConnectionError as error:
+        raise BadInput(f"no Ray cluster at {address}: {_REMEDY}") from error
+    except (RuntimeError, ValueError) as error:  # something else listens there; a token is missing; no such scheme
+        raise BadInput(f"no Ray cluster at {address} takes jobs from here: {in_one_line(error)}; {_REMEDY}") from error
+
+
+def _no_proxy_for(host: str) -> None:
+    """A proxy of this shell is for what lies outside; the cluster's head may not be reached through it."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host)))
+
+
+if __name__ == "__main__":
+    sys.exit(ends_in_one_line("submit", lambda: asyncio.run(submit(sys.argv[1:]))))

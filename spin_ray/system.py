@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import ray
 import torch
 
+from spin_ray.address import check_ray_address
 from spin_ray.config import Config
-from spin_ray.errors import BadInput, RunStopped
+from spin_ray.errors import BadInput, RunStopped, in_one_line
 from spin_ray.placement import Hardware, choose_hardware, learner_goes_first
+from spin_ray.places import remove_short_folder, short_folder, spill_folder
 
 MIN_LOCAL_CPUS = 2
 
@@ -32,23 +36,70 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a worker's death, or the end of all, goes unnoticed
-    learner_first = False
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, configure_logging=False)
-    else:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine
-        cpus, gpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS), torch.cuda.device_count()
-        learner_first = learner_goes_first(config, num_gpus=gpus, samplers=samplers, learner=learner)
-        ray.init(
-            "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False,
-            log_to_driver=False, configure_logging=False,
-            # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
-            _system_config={
-                "idle_worker_killing_time_threshold_ms": 3_600_000, **({"worker_niceness": 0} if learner_first else {}),
-            },
-        )
-    yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner, learner_first=learner_first)
-    ray.shutdown()
+    with _joined() if os.environ.get("RAY_ADDRESS") else _started(config, samplers=samplers, learner=learner) as learner_first:
+        yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner, learner_first=learner_first)
+        ray.shutdown()
+
+
+@contextmanager
+def _joined() -> Iterator[bool]:
+    """Join the cluster in RAY_ADDRESS; raises BadInput, within seconds, if there is none or it does not want this user."""
+    given = os.environ["RAY_ADDRESS"]
+    try:
+        found = ray._private.services.canonicalize_bootstrap_address("auto") if given == "auto" else given
+        check_ray_address(found, "RAY_ADDRESS")
+        with _all_or_nothing():
+            ray.init(log_to_driver=False, configure_logging=False)
+    except ray.exceptions.AuthenticationError as error:
+        raise BadInput(
+            f"RAY_ADDRESS={given}: the cluster wants a token: set RAY_AUTH_MODE=token and bring the head's ~/.ray/auth_token here"
+        ) from error
+    except (ConnectionError, ray.exceptions.RpcError) as error:
+        raise BadInput(f"RAY_ADDRESS={given}: no Ray cluster can be joined there: {in_one_line(error)}") from error
+    yield False
+
+
+@contextmanager
+def _started(config: Config, *, samplers: bool, learner: bool) -> Iterator[bool]:
+    """A Ray of this process's own; yields whether the learner's workers go first. What Ray logged is kept if the body fails."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine
+    cpus, gpus = max(os.cpu_count() or 1, MIN_LOCAL_CPUS), torch.cuda.device_count()
+    learner_first = learner_goes_first(config, num_gpus=gpus, samplers=samplers, learner=learner)
+    with short_folder() as folder:
+        try:
+            with _all_or_nothing():
+                ray.init(
+                    "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False,
+                    log_to_driver=False, configure_logging=False, _temp_dir=str(folder), object_spilling_directory=spill_folder(folder),
+                    # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
+                    _system_config={
+                        "idle_worker_killing_time_threshold_ms": 3_600_000, **({"worker_niceness": 0} if learner_first else {}),
+                    },
+                )
+            yield learner_first
+        except Exception as error:
+            if not isinstance(error, BadInput):
+                _keep_logs(folder, config.run_path / "logs" / "ray")
+            raise
+
+
+def _keep_logs(folder: Path, kept: Path) -> None:
+    with suppress(OSError, shutil.Error):  # the error that is under way matters more
+        shutil.copytree(folder / "session_latest" / "logs", kept, dirs_exist_ok=True)
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[None]:
+    """End the processes that the body has started if it fails."""
+    before = set(psutil.Process().children())
+    try:
+        yield
+    except BaseException:
+        for child in set(psutil.Process().children()) - before:
+            for process in [*child.children(recursive=True), child]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        raise
 
 
 def let_learner_go_first() -> None:
@@ -80,7 +131,9 @@ def leave(code: int) -> None:
         for process in psutil.Process().children(recursive=True):  # a cluster that was joined is nobody's child
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        remove_short_folder()
         os._exit(code)
+    remove_short_folder()
 
 
 def first_error(error: BaseException) -> BaseException:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import threading
@@ -12,8 +14,38 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.config import Config, flatten
+from spin_ray.errors import BadInput, in_one_line
 from spin_ray.imports import without_gc
 from spin_ray.storage import readable_disk_errors
+
+_REMEDY = "set WANDB_API_KEY (or run `wandb login`), or take tracking.wandb.mode=offline and upload later with `wandb sync`"
+
+
+def check_wandb(config: Config) -> None:
+    """Before anything starts: raise BadInput if W&B is to be used online and its server does not take this user's key.
+
+    The key is looked up where W&B does, and the server is asked, which takes at most ten seconds.
+    """
+    mode = _mode(config)
+    if mode not in ("online", "offline", "disabled"):
+        raise BadInput(f"WANDB_MODE={mode}: choose one of online, offline, disabled")
+    if mode != "online":
+        return
+    with without_gc():
+        import wandb
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # W&B says where the key is from
+            has_key = wandb.login(prompt=False, verify=True)
+    except wandb.errors.Error as error:
+        raise BadInput(f"Weights & Biases: {' '.join(str(error).split())}; {_REMEDY}") from error
+    if not has_key:
+        raise BadInput(f"Weights & Biases: tracking.wandb.mode is online and there is no key; {_REMEDY}")
+
+
+def _mode(config: Config) -> str:
+    given = os.environ.get("WANDB_MODE") or config.tracking.wandb.mode
+    return {"run": "online", "dryrun": "offline"}.get(given, given)  # W&B's words of old
 
 
 class Tracker:
@@ -25,12 +57,14 @@ class Tracker:
 
         self._lock = threading.Lock()
         self._file = (run_path / "metrics.jsonl").open("a", buffering=1)
-        mode = os.environ.get("WANDB_MODE") or config.tracking.wandb.mode
-        self._wandb = wandb.init(
-            mode=mode, project=config.tracking.wandb.project, entity=config.tracking.wandb.entity or None, name=config.run.name,
-            id=_stable_id(run_path / "wandb_id"), resume="allow", dir=str(run_path), config=flatten(config),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
-        )
+        try:
+            self._wandb = wandb.init(
+                mode=_mode(config), project=config.tracking.wandb.project, entity=config.tracking.wandb.entity or None,
+                name=config.run.name, id=_stable_id(run_path / "wandb_id"), resume="allow", dir=str(run_path), config=flatten(config),
+                settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+            )
+        except wandb.errors.Error as error:
+            raise BadInput(f"Weights & Biases: {in_one_line(error)}; {_REMEDY}") from error
         self._wandb.define_metric("train/global_step")
         self._wandb.define_metric("train/*", step_metric="train/global_step")
         for group in ("iteration", "eval", "audit", "sync", "sampler"):

@@ -1,6 +1,8 @@
 """What a submitted job is told, and the exit code; the job itself is tests/local/test_job.py's business."""
 
 import asyncio
+import os
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +64,19 @@ def test_no_cluster_is_one_line(monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(BadInput, match=r"no Ray cluster at http://127\.0\.0\.1:9: start one"):
         asyncio.run(submit.submit(["conf/demo.yaml"]))
+
+
+def test_a_cluster_that_never_answers_is_one_line_too(monkeypatch):
+    monkeypatch.setattr(submit, "CONNECT_S", 1.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        monkeypatch.setenv("no_proxy", "")
+        with pytest.raises(BadInput, match=r"no answer of a Ray cluster within 1 s; start one"):
+            asyncio.run(submit.submit(["conf/demo.yaml"]))
+        assert "127.0.0.1" in os.environ["no_proxy"]
 
 
 @pytest.mark.parametrize("code, expected", [(2, 2), (130, 130), (-9, 1), (None, 1)])
