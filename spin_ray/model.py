@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,10 @@ from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
+from spin_ray.families import longest_exact, noise, reason_to_refuse, text_part
 from spin_ray.imports import without_gc
 from spin_ray.records import Prompt
-
-_CHANGES_LOGITS = (
-    "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
-)
+from spin_ray.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,21 +24,29 @@ class ModelFacts:
     chat: ChatFormat
     max_positions: int | None
     """Longest sequence the model was made for, in tokens."""
+    model: Any
+    """transformers' config of the model."""
+    longest_exact: int | None = None
+    """Longest sequence that changes nothing for others in its row (families.py); None: any."""
+    noise: Mapping[str, float] = field(default_factory=dict)
+    """Dropout and the like that the model's config asks for, and that the learner leaves out."""
+    tokenizer_line: str = ""
+    """A word to the user about how the tokenizer was loaded; empty if there is none."""
 
 
 def inspect_model(config: Config) -> ModelFacts:
     """Read tokenizer and config, not the weights. Raises BadInput in one line for whatever does not fit."""
     with without_gc():
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        from transformers import AutoConfig, GenerationConfig
 
     path, trust = resolve(config.model.path), config.model.trust_remote_code
-    if config.model.path.startswith(("/", ".", "~", "demo:")) and not Path(path).is_dir():
+    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1  # a hub name is NAME or OWNER/NAME
+    if is_local and not Path(path).is_dir():
         raise BadInput(f"model.path={config.model.path}: no such folder; give one with a model, demo:sft, or a name on the model hub")
     try:
         model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model.path={path}: no model with a tokenizer can be loaded from there: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"model.path={path}: no model can be loaded from there: {str(error).splitlines()[0]}") from error
     try:
         generation = GenerationConfig.from_pretrained(path)
         eos_ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
@@ -48,18 +54,21 @@ def inspect_model(config: Config) -> ModelFacts:
         eos_ids = []
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise BadInput(f"model.path={path}: no *.safetensors in there; pickled weights (*.bin) may run code and are not loaded")
-    if len(tokenizer) > model.vocab_size:
-        raise BadInput(f"model.path={path}: the tokenizer knows {len(tokenizer)} tokens, the model only {model.vocab_size}")
     refuse_unsupported(model, f"model.path={path}")
-    chat = ChatFormat(tokenizer, name=f"model.path={path}", eos_ids=[i for i in eos_ids if i is not None])
-    return ModelFacts(path, chat, getattr(model, "max_position_embeddings", None))
+    tokenizer, line = load_tokenizer(path, trust, config.model.chat_template)
+    text = text_part(model)
+    chat = ChatFormat(
+        tokenizer, name=f"model.path={path}", eos_ids=[i for i in eos_ids if i is not None], vocab_size=getattr(text, "vocab_size", None)
+    )
+    positions = getattr(text, "max_position_embeddings", None)
+    return ModelFacts(path, chat, positions, model, longest_exact=longest_exact(model), noise=noise(model), tokenizer_line=line)
 
 
 def refuse_unsupported(config: Any, name: str) -> None:
-    """Raise BadInput for a model whose logits are not its output layer's product alone."""
-    for key in _CHANGES_LOGITS:
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise BadInput(f"{name}: models with {key} (here {getattr(config, key)}) are not supported by the learner yet")
+    """Raise BadInput for a model whose log-probs the learner would not compute exactly."""
+    reason = reason_to_refuse(config)
+    if reason:
+        raise BadInput(f"{name}: the model {reason}; docs/models.md lists the families that can be trained")
 
 
 def longest_sequence(prompts: Sequence[Prompt], max_new_tokens: int, facts: ModelFacts) -> int:
@@ -72,5 +81,11 @@ def longest_sequence(prompts: Sequence[Prompt], max_new_tokens: int, facts: Mode
             f"model.path={facts.path}: the model has {facts.max_positions} positions, this run needs {need} "
             f"(longest prompt {longest_prompt}, with its real answer {longest_real}, sampler.max_new_tokens={max_new_tokens}); "
             "lower data.max_prompt_tokens, data.max_answer_tokens or sampler.max_new_tokens"
+        )
+    if facts.longest_exact and need > facts.longest_exact:
+        raise BadInput(
+            f"model.path={facts.path}: LongRoPE computes a whole packed row otherwise if one sequence has more than {facts.longest_exact} "
+            f"tokens, and this run needs {need} (longest prompt {longest_prompt}, with its real answer {longest_real}, "
+            f"sampler.max_new_tokens={max_new_tokens}); lower data.max_prompt_tokens, data.max_answer_tokens or sampler.max_new_tokens"
         )
     return need

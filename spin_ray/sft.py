@@ -11,14 +11,15 @@ import ray
 
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
-from spin_ray.data import counted, load_prompts
+from spin_ray.data import load_train
 from spin_ray.guard import Rollbacks
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.group import Learner, follow
-from spin_ray.learner.messages import Divergence, Save, StepRecord, Train
+from spin_ray.learner.messages import Divergence, Proved, Save, StepRecord, Train
 from spin_ray.losses import sft_loss
 from spin_ray.manifest import RunDir
 from spin_ray.model import inspect_model, longest_sequence
+from spin_ray.preflight import Proof, proof_pairs
 from spin_ray.records import PAIR_SCHEMA, Pair, real_only, to_table
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -38,14 +39,16 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
         return
     interrupts = Interrupts()
     interrupts.listen()
-    facts = inspect_model(config)
-    prompts, counts = load_prompts(config.data.train, config.data, facts.chat, seed=config.run.seed, limit=config.data.max_prompts)
+    facts, proof = inspect_model(config), Proof()
+    proof.end(config, facts, terminal.say)
+    proof.tokens(config.data.train, config.data.split, config, facts.chat)
+    prompts, _ = load_train(config, facts.chat, terminal.say, terminal.status)
     longest_sequence(prompts, 0, facts)
-    terminal.say(counted(config.data.train, counts))
     with ray_cluster(config, samplers=False) as hardware:
         interrupts.listen()
         learner = Learner(
-            config, hardware, model_path=facts.path, logs=run.logs, rollbacks=len(run.marks("rollback")), storage=run.storage
+            config, hardware, model_path=facts.path, logs=run.logs, rollbacks=len(run.marks("rollback")), storage=run.storage,
+            proof_pairs=proof_pairs(prompts),
         )
         tracker = Tracker(config, run.path)
         ray.get(learner.coordinator.put_block.remote(0, 0, [ray.put(to_table([real_only(prompt, 0) for prompt in prompts], PAIR_SCHEMA))]))
@@ -57,9 +60,10 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
                 lr=config.sft.lr,
             ))
             rollbacks = Rollbacks(config, run, learner, tracker, terminal)
-            follow(learner, number, functools.partial(_note, tracker, terminal, rollbacks), interrupts)
+            note = functools.partial(_note, tracker, terminal, rollbacks, proof)
+            follow(learner, number, note, interrupts)
             saved = learner.post(Save(str(run.path / "model")))
-            follow(learner, saved, functools.partial(_note, tracker, terminal, rollbacks), interrupts, patience_s=math.inf)
+            follow(learner, saved, note, interrupts, patience_s=math.inf)
             run.storage.commit(run.path / "model")
         learner.stop()
     run.mark("finished")
@@ -71,7 +75,9 @@ def num_real_tokens(batch: list[Pair]) -> float:
     return float(sum(len(pair.real_ids) for pair in batch))
 
 
-def _note(tracker: Tracker, terminal: Terminal, rollbacks: Rollbacks, record: Any) -> None:
+def _note(tracker: Tracker, terminal: Terminal, rollbacks: Rollbacks, proof: Proof, record: Any) -> None:
+    if isinstance(record, Proved):
+        terminal.say(proof.line(record.facts, record.seconds))
     if isinstance(record, Divergence):
         rollbacks.answer(record)
     if not isinstance(record, StepRecord):

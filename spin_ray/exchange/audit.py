@@ -37,8 +37,10 @@ class Audit:
     num_tokens: int
 
 
-def compare(version: int, sampler_logps: Sequence[np.ndarray], learner_logps: Sequence[np.ndarray], tolerance: float) -> Audit:
-    """Compare log-probs of the same answers, one array [num_tokens] each.
+def compare(
+    version: int, sampler_logps: Sequence[np.ndarray], learner_logps: Sequence[np.ndarray], tolerance: float, *, other: str = "learner"
+) -> Audit:
+    """Compare log-probs of the same answers, one array [num_tokens] each; `other` names who has given the second.
 
     Raises AuditError with the numbers if the mean |difference| per token exceeds `tolerance` nats, or is not a number.
     """
@@ -47,9 +49,9 @@ def compare(version: int, sampler_logps: Sequence[np.ndarray], learner_logps: Se
     audit = Audit(version, float(size.mean()), float(size.max()), float(signed.mean()), float(np.sqrt((size**2).mean())), len(size))
     if not audit.mean_nats <= tolerance:
         raise AuditError(
-            f"audit of version {version}: sampler and learner differ by {audit.mean_nats:.4g} nats per token "
+            f"audit of version {version}: sampler and {other} differ by {audit.mean_nats:.4g} nats per token "
             f"(largest {audit.max_nats:.4g}, {audit.num_tokens} tokens), tolerance {tolerance:g}; "
-            "the sampler would play with other weights than the main player's"
+            "they do not compute the same model"
         )
     return audit
 
