@@ -110,15 +110,15 @@ def blank_model(path: str, config: Any, *, trust_remote_code: bool) -> Any:
     folder's tensors do not fit its config.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from spin_ray.exchange.weights import shapes_in
+    from spin_ray.families import auto_class
 
     with _as_bad_input(path, "its weights cannot be read; are its files complete, or still git-lfs pointers?"):
         blank = {name: torch.empty(shape, device="meta") for name, shape in shapes_in(Path(path)).items()}
     try:
         with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            kind = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
         with _quiet():
             return kind.from_pretrained(  # other shapes are told by check_export_names, with the tensor's name
                 None, config=config, state_dict=blank, device_map={"": "meta"}, ignore_mismatched_sizes=True,

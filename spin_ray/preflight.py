@@ -57,7 +57,7 @@ class Proof:
         with self._timed():
             notes = check_end(facts.path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
             self._shown.append("end: config, tokenizer and tensor names can be saved")
-        for note in filter(None, [facts.tokenizer_line, *notes]):
+        for note in filter(None, [facts.tokenizer_line, _about_noise(facts), *notes]):
             say(note)
 
     def line(self, shown: str = "", seconds: float = 0.0) -> str:
@@ -69,6 +69,11 @@ class Proof:
         begun = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - begun
+
+
+def _about_noise(facts: ModelFacts) -> str:
+    noise = ", ".join(f"{key}={value:g}" for key, value in facts.noise.items())
+    return f"{facts.path}: {noise} of its config is left out, in training as in scoring: noise would move the log-probs" if noise else ""
 
 
 def refuse_sampler(facts: ModelFacts, hardware: Hardware, *, reloads: bool = True) -> None:

@@ -261,6 +261,6 @@ def test_vocabularies_that_disagree_and_missing_template_are_refused(tiny_model,
         (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
 
     refused = broken("vocabulary", shrink)
-    assert refused.returncode == 2 and "the model only 100" in refused.stderr
+    assert refused.returncode == 2 and "the model has 100 rows for tokens" in refused.stderr
     refused = broken("template", lambda folder: (folder / "chat_template.jinja").unlink())
     assert refused.returncode == 2 and "no chat template" in refused.stderr
