@@ -4,12 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed-$(PROFILE)
 
-.PHONY: demo test lint setup
+.PHONY: demo test test-slow lint setup
 demo: setup            ## three SPIN iterations on the embedded model and data
 	$(BIN)/python -m spin_ray run conf/demo.yaml
 
 test: setup            ## every test
 	$(BIN)/python -m pytest
+
+test-slow: setup       ## tests that take minutes and rarely break
+	$(BIN)/python -m pytest -m slow
 
 lint: setup            ## style and the things ruff knows to be wrong
 	$(BIN)/ruff check .

@@ -28,12 +28,12 @@ sys.exit(main())
 THREAD_FAILS = """
 import sys
 from spin_ray.__main__ import main
-from spin_ray.selfplay import SelfPlay
+from spin_ray.reporting import Reporting
 
 def fails(*_):
     return 1 / 0
 
-SelfPlay._note_played = fails
+Reporting.played = fails
 sys.exit(main())
 """
 HALF_A_RAY = """
@@ -87,8 +87,9 @@ def test_a_long_tmpdir_a_home_that_cannot_be_written_and_a_proxy(tmp_path):
     assert not left_running(tmp_path) and folders_of_sockets() <= before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, says", [
-    (LEARNER_FAILS, r"KeyError.*nobody.*foresaw this.*learner"), (THREAD_FAILS, r"ZeroDivisionError: division by zero \(spin_ray/selfplay\.py:\d+, in the driver\)"),
+    (LEARNER_FAILS, r"KeyError.*nobody.*foresaw this.*learner"), (THREAD_FAILS, r"ZeroDivisionError: division by zero \(spin_ray/opponent\.py:\d+, in the driver\)"),
     (HALF_A_RAY, r"OSError: .*No space left on device: '/dev/shm/x' \(spin_ray/system\.py:\d+, in the driver\)"),
 ], ids=["learner", "thread", "half a Ray"])
 def test_an_error_that_nobody_foresaw(tmp_path, script, says):
