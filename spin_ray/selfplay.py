@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from spin_ray.background import Threads, in_background
+from spin_ray.background import Threads
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.errors import WeightsLost
@@ -109,7 +109,7 @@ class SelfPlay:
     def play(self) -> None:
         """All iterations that the manifest does not call finished."""
         try:
-            in_background(self._end_with_the_learner)
+            self._learner.when_failed(self._end_with_the_learner)
             self._iterations()
             self._threads.finish()
         finally:
@@ -216,12 +216,8 @@ class SelfPlay:
         self._reporting.spans(self._opponent.spans())
         return self._reporting.trained(t, report, num_restarts=self._opponent.num_restarts())
 
-    def _end_with_the_learner(self) -> None:
+    def _end_with_the_learner(self, error: BaseException) -> None:
         """The learner's failure ends the opponent's waits too, as long as there is something to train."""
-        try:
-            error = self._learner.failure()
-        except ray.exceptions.RayError as died:  # the coordinator
-            error = died
         if not (self._all_trained or isinstance(error, Interrupted)):  # one who is interrupted has time to mark what is trained
             self._threads.fail(error)
 

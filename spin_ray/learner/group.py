@@ -70,9 +70,9 @@ class Learner:
         """Offer a finished block of an iteration, an Arrow table, at its place in the order of training."""
         ray.get(self.coordinator.put_block.remote(iteration, place, [ray.put(pairs)]))
 
-    def failure(self) -> BaseException:
-        """Wait until the learner fails, or is told to; returns the first error."""
-        return ray.get(self.coordinator.failure.remote()).error
+    def when_failed(self, tell: Callable[[BaseException], None]) -> None:
+        """Have `tell` called with the first error, as soon as there is one. No thread waits: one in `ray.get` would meet Ray's end."""
+        self.coordinator.failure.remote().future().add_done_callback(lambda heard: tell(heard.exception() or heard.result().error))
 
     def drain(self) -> list[Any]:
         """StepRecords and Spans that the workers have logged since the last call."""
