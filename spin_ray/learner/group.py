@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Learner:
             seed=config.run.seed, log_dir=str(logs), storage=storage, make_player=make_player,
             proof_pairs=proof_pairs, rollback_lr_factor=config.guard.rollback_lr_factor,
         )
+        self._failed = False
         self._max_failures = config.learner.max_restarts + config.guard.max_rollbacks  # the coordinator tells them apart
         self._ray_train = logs / "ray_train"
         self._thread = threading.Thread(target=self._fit, name="learner", daemon=True)
@@ -71,8 +72,16 @@ class Learner:
         ray.get(self.coordinator.put_block.remote(iteration, place, [ray.put(pairs)]))
 
     def when_failed(self, tell: Callable[[BaseException], None]) -> None:
-        """Have `tell` called with the first error, as soon as there is one. No thread waits: one in `ray.get` would meet Ray's end."""
-        self.coordinator.failure.remote().future().add_done_callback(lambda heard: tell(heard.exception() or heard.result().error))
+        """Have `tell` called with the first error, as soon as there is one. No thread waits: one in `ray.get` would meet Ray's end.
+
+        Ray's own thread calls it, so `tell` must not wait for anything of Ray's; `fail` has nothing more to say then.
+        """
+
+        def heard(answer: Future) -> None:
+            self._failed = True
+            tell(answer.exception() or answer.result().error)
+
+        self.coordinator.failure.remote().future().add_done_callback(heard)
 
     def drain(self) -> list[Any]:
         """StepRecords and Spans that the workers have logged since the last call."""
@@ -96,8 +105,8 @@ class Learner:
 
     def fail(self, error: BaseException) -> None:
         """Make every waiting worker, and the driver, raise this error (its text, if it cannot be sent)."""
-        if not ray.is_initialized():
-            return  # nobody waits
+        if self._failed or not ray.is_initialized():
+            return  # everybody knows, or nobody waits
         try:
             ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
         except Exception:  # whatever it is that keeps an error from being pickled, its text must arrive

@@ -49,7 +49,7 @@ def run_ranks(model: Path, out: Path, world_size: int, optimizer: str, setups: t
     finally:
         for rank in ranks:
             rank.kill()
-    assert codes == [0] * world_size, (out / "rank_0.log").read_text()[-3000:]
+    assert codes == [0] * world_size, [(out / f"rank_{rank}.log").read_text()[-3000:] for rank, code in enumerate(codes) if code]
     return {stage: torch.load(out / f"stage_{stage}.pt", weights_only=False) for stage in setups}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from spin_ray.bench.samplers import in_own_process
 from spin_ray.config import Config
@@ -20,6 +21,13 @@ from spin_ray.sampler.engine import OpponentEngine
 
 PROMPT = [3, 50, 60, 70, 1, 4]
 SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=24, stop_ids=tuple(range(1, 30)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_is_left():
+    """vLLM's engines of this process join one; a later test may want its own."""
+    yield
+    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -274,7 +274,7 @@ class LocalLearner(Learner):
         self._args = WorkerArgs(
             self.coordinator, config.learner, HARDWARE, False, 0, str(run.logs), DISK, None, rollback_lr_factor=config.guard.rollback_lr_factor
         )
-        self._script, self._here = script, threading.local()
+        self._script, self._here, self._failed = script, threading.local(), False
         self.coordinator.sender = lambda: id(self._here.group)
         self._thread = threading.Thread(target=self._fit, daemon=True)
         self._thread.start()
