@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from urllib.parse import urlsplit
 
@@ -20,12 +21,16 @@ def check_ray_address(address: str, name: str) -> None:
     """
     remedy = "start a cluster (ray start --head) and give its address, or unset it for a Ray of this run's own"
     parts = urlsplit(address if "://" in address else f"ray://{address}")
+    if parts.scheme in ("http", "https"):
+        raise BadInput(f"{name}={address}: that is where jobs are submitted (ray job submit --address); {remedy}")
     try:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = parts.hostname, None
     if not host or not port:
         raise BadInput(f"{name}={address}: no address of a Ray cluster; it has the form host:6379; {remedy}")
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return  # its head says nothing to one without a certificate
     try:
         with socket.create_connection((host, port), timeout=PATIENCE_S / 2) as connection:
             connection.settimeout(PATIENCE_S / 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from spin_ray.errors import BadInput
-from spin_ray.exits import log_traceback
+from spin_ray.exits import flush_output, log_traceback
 from spin_ray.interrupt import Interrupted
 
 
@@ -46,8 +46,7 @@ def captured_output(path: str | Path) -> Iterator[TextIO]:
                     log_traceback(error, path)
                 raise
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         for number, original in enumerate(saved, start=1):
             os.dup2(original, number)
             os.close(original)

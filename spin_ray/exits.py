@@ -34,6 +34,7 @@ def ends_in_one_line(program: str, work: Callable[[], int]) -> int:
 
     If Ray is up then, this process ends at once, and every process that it started with it.
     """
+    _open_missing_streams()
     try:
         return work()
     except SystemExit:  # of a command's own options
@@ -47,6 +48,26 @@ def ends_in_one_line(program: str, work: Callable[[], int]) -> int:
 
         leave(code)
     return code
+
+
+def _open_missing_streams() -> None:
+    """Let a standard stream that was closed before we began (`>&-`) be one that leads nowhere; a file opened later would take its place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (it stays open as long as we live)
+
+
+def flush_output() -> None:
+    """Flush what was printed; a reader who is gone, or a full disk, is no reason to fail where something else is being ended."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ import torch
 from spin_ray.address import check_ray_address
 from spin_ray.config import Config
 from spin_ray.errors import BadInput, RunStopped, in_one_line
+from spin_ray.exits import flush_output
 from spin_ray.placement import Hardware, choose_hardware, learner_goes_first
 from spin_ray.places import remove_short_folder, short_folder, spill_folder
 
@@ -126,8 +126,7 @@ def leave(code: int) -> None:
         if threading.current_thread() is threading.main_thread():  # the only one that may
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # it cannot end sooner
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         for process in psutil.Process().children(recursive=True):  # a cluster that was joined is nobody's child
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -29,11 +29,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         raise BadInput(f"{path}: not a readable YAML file: {_one_line(error)}") from error
     if not OmegaConf.is_dict(in_file):
         raise BadInput(f"{path}: a config file holds keys and values, such as run: and model:; this one holds a list")
+    given = OmegaConf.create()
     for override in overrides:
-        if "=" not in override:
+        if override.startswith("=") or "=" not in override:
             raise BadInput(f"{override}: an override has the form key=value, for example spin.beta=0.1")
-    given = [f"{override}''" if override.endswith("=") else override for override in overrides]  # key= is the empty text
-    return _merge([(str(path), in_file), ("command line", OmegaConf.from_dotlist(given))])
+        try:
+            given.merge_with_dotlist([f"{override}''" if override.endswith("=") else override])  # key= is the empty text
+        except Exception as error:  # the YAML reader's errors have no common base, and bytes that are no text come here too
+            shown = override.encode(errors="backslashreplace").decode()
+            raise BadInput(f"command line: {shown}: not a value in YAML: {_one_line(error)}; quotes help, as in key='\"[text\"'") from error
+    return _merge([(str(path), in_file), ("command line", given)])
 
 
 def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:

@@ -69,6 +69,9 @@ def test_origins(minimal):
     ("sft.lr=-1", "must be a positive number"),
     ("sampler.gpu_memory_utilization=3", "must be in (0, 1]"),
     ("beta", "form key=value"),
+    ("=3", "form key=value"),
+    ("run.name=[a", "command line: run.name=[a: not a value in YAML"),
+    ("run.name=\udcff", "command line: run.name=\\udcff: not a value in YAML"),
 ])
 def test_bad_values_get_one_clear_line(minimal, override, message):
     with pytest.raises(BadInput) as caught:

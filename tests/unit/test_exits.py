@@ -102,3 +102,10 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=env, timeout=60)
     os.close(writing)
     assert ended.returncode == 1 and ended.stderr == "spin-ray: stopped: whoever read the output is gone; the same command goes on\n"
+
+
+@pytest.mark.parametrize("config, code", [(DEMO, 0), ("nothing.yaml", 2)])
+def test_streams_that_were_closed_before_lead_nowhere(tmp_path, config, code):
+    command = f'exec "{sys.executable}" -m spin_ray config "{config}" <&- >&- 2>&-'
+    ended = subprocess.run(["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, timeout=60)
+    assert ended.returncode == code and not list(tmp_path.iterdir())

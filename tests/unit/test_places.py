@@ -120,6 +120,7 @@ def listener():
     ("127.0.0.1:9", "no Ray cluster answers there (Connection refused)"), ("127.0.0.1", "it has the form host:6379"),
     ("ray://127.0.0.1:9", "no Ray cluster answers there"), ("no.such.host.invalid:6379", "no Ray cluster answers there"),
     ("127.0.0.1:port", "it has the form host:6379"), ("", "it has the form host:6379"),
+    ("http://127.0.0.1:8265", "that is where jobs are submitted"),
 ])
 def test_an_address_without_a_cluster_is_one_line_at_once(address, message):
     began = time.monotonic()
@@ -135,6 +136,11 @@ def test_what_speaks_something_else_is_no_cluster(listener):
         check_ray_address(f"127.0.0.1:{port}", "RAY_ADDRESS")
     answer[0] = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
     check_ray_address(f"127.0.0.1:{port}", "RAY_ADDRESS")
+
+
+def test_a_head_that_wants_certificates_is_left_to_ray(monkeypatch):
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    check_ray_address("127.0.0.1:9", "RAY_ADDRESS")
 
 
 @pytest.mark.parametrize("command", ["run", "sft", "eval"])
