@@ -13,7 +13,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from spin_ray.background import in_background
 from spin_ray.config import load_config
-from spin_ray.errors import BadInput, in_one_line
+from spin_ray.errors import BadInput, RunStopped, in_one_line
 from spin_ray.exits import ends_in_one_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -44,12 +44,20 @@ async def submit(arguments: list[str]) -> int:
             if "No available agent" not in str(error) or time.monotonic() > begun + AGENT_TIMEOUT_S:
                 raise
             await asyncio.sleep(2)
+        except ConnectionError as error:
+            raise RunStopped(f"{address}: the cluster's job server is gone: {in_one_line(error)}; start the cluster again") from error
     print(f"submitted {job} to {address}", flush=True)
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
-    while not (status := client.get_job_status(job)).is_terminal():
-        await asyncio.sleep(0.5)
-    code = client.get_job_info(job).driver_exit_code
+    try:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+        while not (status := client.get_job_status(job)).is_terminal():
+            await asyncio.sleep(0.5)
+        code = client.get_job_info(job).driver_exit_code
+    except ConnectionError as error:
+        raise RunStopped(
+            f"{address}: the cluster's job server no longer answers: {in_one_line(error)}; the job may go on: "
+            f"`ray job logs --follow {job}`; submit the same again where it has ended"
+        ) from error
     if status is JobStatus.SUCCEEDED:
         return 0
     return 1 if code is None or code < 0 else code

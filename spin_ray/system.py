@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -22,6 +24,8 @@ from spin_ray.placement import Hardware, choose_hardware, learner_goes_first
 from spin_ray.places import remove_short_folder, short_folder, spill_folder
 
 MIN_LOCAL_CPUS = 2
+MAX_STARTS = 3
+"""How often Ray may be started before it is told that it did not come up."""
 
 RAYS_NICENESS = 15
 """What Ray gives the processes of actors and tasks unless told otherwise."""
@@ -67,20 +71,30 @@ def _started(config: Config, *, samplers: bool, learner: bool) -> Iterator[bool]
     learner_first = learner_goes_first(config, num_gpus=gpus, samplers=samplers, learner=learner)
     with short_folder() as folder:
         try:
-            with _all_or_nothing():
-                ray.init(
-                    "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False,
-                    log_to_driver=False, configure_logging=False, _temp_dir=str(folder), object_spilling_directory=spill_folder(folder),
-                    # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
-                    _system_config={
-                        "idle_worker_killing_time_threshold_ms": 3_600_000, **({"worker_niceness": 0} if learner_first else {}),
-                    },
-                )
+            _init_patiently(
+                "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False,
+                log_to_driver=False, configure_logging=False, _temp_dir=str(folder), object_spilling_directory=spill_folder(folder),
+                # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
+                _system_config={"idle_worker_killing_time_threshold_ms": 3_600_000, **({"worker_niceness": 0} if learner_first else {})},
+            )
             yield learner_first
         except Exception as error:
             if not isinstance(error, BadInput):
                 _keep_logs(folder, config.run_path / "logs" / "ray")
             raise
+
+
+def _init_patiently(*args: Any, **options: Any) -> None:
+    """`ray.init`, again where Ray did not come up in time: its raylet gives its own helpers 15 s, too few on a very busy machine."""
+    for attempt in range(1, MAX_STARTS + 1):
+        try:
+            with _all_or_nothing():
+                ray.init(*args, **options)
+            return
+        except Exception as error:
+            if attempt == MAX_STARTS or "timed out during startup" not in str(error):
+                raise
+            logging.getLogger(__name__).warning("start %d of %d: %s", attempt, MAX_STARTS, in_one_line(error))
 
 
 def _keep_logs(folder: Path, kept: Path) -> None:

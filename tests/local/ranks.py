@@ -1,7 +1,7 @@
 """A learner's rank for test_learner.py: `python ranks.py MODEL OUT OPTIMIZER SETUP...` with RANK and WORLD_SIZE set.
 
 Takes three optimizer steps under every setup (a ZeRO stage, or a name of SETUPS), on batches whose packing is uneven, and writes rank 0's losses,
-gradient norms and weights to OUT/stage_SETUP.pt.
+gradient norms and weights to OUT/stage_SETUP.pt. Several models, with os.pathsep between, have a folder each: OUT/NAME.
 """
 
 import dataclasses
@@ -27,7 +27,15 @@ SETUPS = {
     "offload_3": {"zero_stage": 3, "offload_optimizer": True},
     "checkpointed": {"zero_stage": 0, "activation_checkpointing": True},
     "bfloat16": {"zero_stage": 2},
+    "no_room": {"zero_stage": 3},
 }
+
+
+class NoRoom(MainPlayer):
+    """On a device that cannot hold the whole model twice: what is proved at the door goes through the sharded engine."""
+
+    def _fits_whole(self):
+        return False
 
 
 def batch(seed: int, count: int) -> list[Pair]:
@@ -83,7 +91,8 @@ def refuses_code(player: MainPlayer, checkpoint: Path) -> bool:
 def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     setup = SETUPS[stage] if stage in SETUPS else {"zero_stage": int(stage)}
     config = LearnerConfig(optimizer=optimizer, pack_tokens=60, grad_clip=0.5, **setup)
-    player = MainPlayer(model, config, dataclasses.replace(HARDWARE, dtype="bfloat16" if stage == "bfloat16" else "float32"))
+    hardware = dataclasses.replace(HARDWARE, dtype="bfloat16" if stage == "bfloat16" else "float32")
+    player = (NoRoom if stage == "no_room" else MainPlayer)(model, config, hardware, proof_pairs=batch(7, 3))
     player.begin_iteration()
     loss_fn, steps = functools.partial(spin_loss, beta=0.1, nll_weight=0.1), []
     player.freeze()
@@ -103,12 +112,16 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
         complaints = damage(player, out / f"checkpoint_{stage}")
         refused = refuses_code(player, out / f"checkpoint_{stage}")
     if player.rank == 0:
-        torch.save({"steps": steps, "weights": weights, "logps": logps, "alone": alone, "scores": scores, "tied": player.tied_names,
+        torch.save({"steps": steps, "weights": weights, "logps": logps, "alone": alone, "scores": scores, "tied": player.tied_names, "proof": player.proof,
                     "complaints": complaints, "refuses_code": refused}, out / f"stage_{stage}.pt")
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for stage in sys.argv[4:]:
-        main(sys.argv[1], Path(sys.argv[2]), stage, sys.argv[3])
+    models = [Path(model) for model in sys.argv[1].split(os.pathsep)]
+    for model in models:
+        into = Path(sys.argv[2], model.name) if len(models) > 1 else Path(sys.argv[2])
+        into.mkdir(exist_ok=True)
+        for stage in sys.argv[4:]:
+            main(str(model), into, stage, sys.argv[3])
     dist.destroy_process_group()

@@ -22,6 +22,7 @@ from spin_ray.exchange.weights import shapes_in
 from spin_ray.learner import attention
 from spin_ray.learner.logps import PolicyLogps
 from spin_ray.learner.packing import pack
+from spin_ray.learner.proof import EXACT, TOLERANCES
 from spin_ray.losses import PairLogps, spin_loss
 
 STAGES = (0, 2, 3)
@@ -33,7 +34,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(model: Path, out: Path, world_size: int, optimizer: str, setups: tuple = STAGES) -> dict[int | str, dict]:
+def run_ranks(model: Path | str, out: Path, world_size: int, optimizer: str, setups: tuple = STAGES, *, read: bool = True) -> dict[int | str, dict]:
     """Run ranks.py on `world_size` processes under every setup; returns what rank 0 wrote."""
     out.mkdir()
     common = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
@@ -50,6 +51,10 @@ def run_ranks(model: Path, out: Path, world_size: int, optimizer: str, setups: t
         for rank in ranks:
             rank.kill()
     assert codes == [0] * world_size, [(out / f"rank_{rank}.log").read_text()[-3000:] for rank, code in enumerate(codes) if code]
+    return written(out, setups) if read else {}
+
+
+def written(out: Path, setups: tuple) -> dict[int | str, dict]:
     return {stage: torch.load(out / f"stage_{stage}.pt", weights_only=False) for stage in setups}
 
 
@@ -117,6 +122,13 @@ def check_scores(found: dict) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_frozen_references_stay_those_of_the_iteration_s_start(one_worker, stage):
     check_scores(one_worker[stage])
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *SETUPS])
+def test_every_setup_proves_itself_at_the_door(one_worker, stage):
+    proof = one_worker[stage]["proof"]
+    assert proof.within(TOLERANCES[torch.bfloat16] if stage == "bfloat16" else EXACT) and proof.num_tokens > 40
+    assert bool(proof.parameter) == (stage != "no_room")  # a sharded model has no gradients there
 
 
 def test_zero_stages_agree(one_worker):
@@ -200,6 +212,39 @@ def test_what_leaves_the_learner_has_the_folder_s_names_shapes_and_buffers(mixtu
         assert torch.equal(written[bias], came[bias]) and came[bias].abs().max() > 0
         moved = {name for name in source if not torch.equal(written[name], came[name])}
         assert "model.layers.1.mlp.experts.3.down_proj.weight" in moved and "model.layers.1.mlp.experts.0.gate_proj.weight" in moved
+
+
+FAMILIES = ("gpt2", "gemma2", "phi", "qwen2_5_vl")
+"""Other names and shapes than llama's, soft caps and windows, biases, and a composite whose other part is not trained."""
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """{family: what run_ranks found} and the models' folder."""
+    folder, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("families") / "out"
+    for family in FAMILIES:
+        save_tiny(family, folder / family)
+        AutoTokenizer.from_pretrained(resolve("demo:base")).save_pretrained(folder / family)
+    setups = (0, 3, "checkpointed")
+    out.mkdir()
+    run_ranks(os.pathsep.join(str(folder / family) for family in FAMILIES), out / "all", 1, "adamw", setups, read=False)
+    return {family: written(out / "all" / family, setups) for family in FAMILIES}, folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_train_alike_sharded_and_checkpointed(families, family):
+    results, folder = families
+    came = {name: tensor for path in (folder / family).glob("*.safetensors") for name, tensor in load_file(path).items()}
+    plain = results[family][0]
+    for result in results[family].values():
+        assert [deterministic(step) for step in result["steps"]] == [
+            pytest.approx(deterministic(step), rel=1e-3, abs=1e-4) for step in plain["steps"]
+        ]
+        check_scores(result)
+        assert result["weights"].keys() == came.keys() and result["proof"].within(EXACT) and result["proof"].parameter
+        for name, weight in result["weights"].items():
+            seen = "visual" in name
+            assert torch.equal(weight, came[name]) == seen, name  # what sees pictures stays as it came
 
 
 def test_rmsprop_runs_under_every_stage(tiny_model, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spin_ray.bench.random_models import PAIRS, tiny_config, tiny_model
+from spin_ray.errors import BadInput
 from spin_ray.learner import attention, logps, proof
 from spin_ray.learner.logps import PolicyLogps
 from spin_ray.learner.modes import checkpoint_activations, quieten
@@ -56,6 +57,25 @@ def test_a_scale_or_cap_that_is_forgotten_is_found(family):
     quieten(subject)
     subject.head.shape = logps.PRODUCT
     assert not proof.compare(subject, PAIRS, share_prompt=False, num_parameters=0).within(proof.TOLERANCES[torch.float32])
+
+
+def test_a_wrong_gradient_is_found_where_log_probs_are_right(monkeypatch):
+    subject, right = policy(), logps._ChunkedLogps.backward
+    quieten(subject)
+    monkeypatch.setattr(logps._ChunkedLogps, "backward", staticmethod(lambda ctx, grad: right(ctx, grad * 1.5)))
+    facts = proof.compare(subject, PAIRS, share_prompt=True)
+    assert facts.max_nats <= proof.EXACT.max_nats and not facts.within(proof.TOLERANCES[torch.float32])
+    with pytest.raises(BadInput, match="my-model: a packed row does not give what plain transformers gives") as caught:
+        facts.check(proof.TOLERANCES[torch.float32], "my-model")
+    assert "\n" not in str(caught.value) and "docs/models.md" in str(caught.value)
+
+
+def test_what_is_no_number_is_never_within():
+    subject = policy()
+    quieten(subject)
+    with torch.no_grad():
+        subject.lm.model.norm.weight[0] = float("nan")
+    assert not proof.compare(subject, PAIRS, share_prompt=True).within(proof.Tolerance(1e9, 1e9, 1e9))
 
 
 def test_noise_that_is_left_on_is_found():

@@ -3,12 +3,15 @@
 import os
 import shutil
 import subprocess
+from contextlib import nullcontext
 
+import pytest
 import ray
 import ray.train
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+from spin_ray import system
 from spin_ray.errors import BadInput, EngineFailed, RunStopped
 from spin_ray.learner.group import _Trainer
 from spin_ray.system import RAYS_NICENESS, first_error, let_learner_go_first
@@ -49,3 +52,28 @@ def test_all_actors_but_the_learner_s_workers_step_back():
             process.wait()
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert niceness == [own, RAYS_NICENESS, own, own]
+
+
+@pytest.mark.parametrize("late, starts", [(0, 1), (1, 2), (2, 3), (3, 3)])
+def test_a_ray_that_does_not_come_up_in_time_is_started_again(monkeypatch, late, starts):
+    seen = []
+
+    def init(*_, **__):
+        seen.append(subprocess.Popen(["sleep", "60"]))  # half a Ray
+        if len(seen) <= late:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(Exception, match="timed out during startup") if late == 3 else nullcontext():
+        system._init_patiently("local")
+    assert len(seen) == starts and [process.poll() is None for process in seen] == [place >= late for place in range(starts)]
+    for process in seen[late:]:
+        process.kill()
+
+
+def test_another_error_of_ray_s_start_is_not_tried_again(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ray, "init", lambda: seen.append(1) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        system._init_patiently()
+    assert seen == [1]
