@@ -116,19 +116,6 @@ def _dict_of(arguments: str) -> Any:
     return read if isinstance(read, dict) else arguments
 
 
-def written_by_python(row: Dialogue) -> list[str]:
-    """How Python would print calls' arguments where that is not JSON: what a template writes that wants text and got a dict."""
-    found = []
-    for message in row.whole if not row.form.arguments_as_text else []:
-        for call in message.get("tool_calls", []):
-            shaped = _shaped_call(call, row.form)
-            inner = shaped.get("function", shaped) if isinstance(shaped, dict) else None
-            arguments = inner.get("arguments") if isinstance(inner, dict) else None
-            if isinstance(arguments, dict) and repr(arguments) != json.dumps(arguments, ensure_ascii=False):
-                found.append(repr(arguments))
-    return found
-
-
 def shared_begin(one: str, other: str) -> str:
     size = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[:size]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from spin_ray.leftout import MARK, LeftOut, keys
+from spin_ray.leftout import LeftOut, keys
+from spin_ray.markers import MARK
 from spin_ray.rendering import PLAIN, Dialogue, Message, RejectedRoles, Renderer, clean, shared_end, squeezed
 
 _QUESTION: Message = {"role": "user", "content": "a"}

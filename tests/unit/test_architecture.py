@@ -32,7 +32,7 @@ LAYERS = [
     ("errors.py", "families.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py", "imports.py"),
     ("config/",),
     ("background.py", "storage.py"),
-    ("records.py", "tokenizer.py", "rendering.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "manifest.py",
+    ("records.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "manifest.py",
      "chatter.py", "placement.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
      "places.py", "address.py"),

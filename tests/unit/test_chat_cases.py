@@ -312,10 +312,10 @@ def test_an_answer_that_also_calls_a_tool_ends_after_the_call():
 
 
 def test_a_template_that_prints_a_call_only_without_content_gets_none():
-    template = CHATML.replace("+ m['content'] +", "+ (m.content if m.content is not none else m.tool_calls[0].function.name) +")
+    template = CHATML.replace("+ m['content'] +", "+ (m.content if m.content is not none else m.tool_calls[0].function.name + (m.tool_calls[0].function.arguments | tojson)) +")
     tok = made("byte level", template, special=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
     prompt_ids, _ = ChatFormat(tok).encode([user(), assistant("", tool_calls=[CALL]), user("12")], "See")
-    assert "<|im_start|>assistant\nw<|im_end|>" in tok.decode(prompt_ids)
+    assert "<|im_start|>assistant\nw{\"c\": \"Oslo\"}<|im_end|>" in tok.decode(prompt_ids)
 
 
 def test_a_failure_on_one_row_is_no_verdict_on_others():

@@ -66,6 +66,8 @@ def test_a_ray_that_does_not_come_up_in_time_is_started_again(monkeypatch, late,
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(Exception, match="timed out during startup") if late == 3 else nullcontext():
         system._init_patiently("local")
+    for process in seen[:late]:
+        assert process.wait(timeout=10)
     assert len(seen) == starts and [process.poll() is None for process in seen] == [place >= late for place in range(starts)]
     for process in seen[late:]:
         process.kill()
