@@ -12,7 +12,8 @@ The contract. A template is a program; what it means is read from what it render
 3. Prompt and answer are the ids of the rendered dialogue. Where one token would span their border, the answer begins on a
    fresh token, as the sampler's does, encoded without the prefix space of a text's begin.
 4. The end token is in the answer once, last. A stop token inside of it is refused.
-5. No part of a row vanishes: what the template leaves out is refused, what it writes in another form is counted.
+5. No part of a row vanishes: what the template leaves out is refused, what it writes in another form is counted. A part is left
+   out if nothing changes when a marker takes its place: that the template looks whether it is there is not enough.
 
 | what templates do | prompt | answer |
 |---|---|---|
@@ -33,7 +34,9 @@ The contract. A template is a program; what it means is read from what it render
 | close only earlier turns | | ends with the token that closes those |
 | close no turn, and the generation config stops at the next turn's header (GLM-4) | | ends with that header's token |
 | close no turn | | the tokenizer's EOS is added |
-| do not use tools, reasoning_content or any other key | refused, by name | refused, by name |
+| do not use tools, reasoning_content or any other key, or a part of it (a second call) | refused, by name | refused, by name |
+| leave out parts of a tool's schema (gpt-oss, Gemma 4) | the rendering; counted, by name | |
+| find their own tokens in a row's text | the rendering; counted | as rendered; a stop token is refused |
 """
 
 from __future__ import annotations
@@ -80,6 +83,7 @@ class ChatFormat:
             # GPT-2's unknown token is its EOS, and its vocabulary has every byte: nothing is unknown there.
             self.unknown_id: int | None = None if tokenizer.unk_token_id in self._stops else tokenizer.unk_token_id
             self._ends_of_probe = self._ends_in(self.template.turn.tail)
+            self._signs = self._signs_of_turns()
             self._refuse_ids_past_the_model([self.end_id])
             self.stop_ids: frozenset[int] = frozenset(i for i in self._stops if vocab_size is None or i < vocab_size)
             self.encode(self.template.probe.prompt, self.template.probe.answer)
@@ -130,7 +134,14 @@ class ChatFormat:
             (cut.prompt + cut.answer).encode()  # half a surrogate pair, which JSON can hold and Unicode cannot
         except ValueError as error:
             return error, set()
+        if any(sign in (turn.get("content") or "") for turn in (*prompt, message) for sign in self._signs):
+            notes.add("with tokens of the template in a text")
         return cut, notes
+
+    def _signs_of_turns(self) -> list[str]:
+        """The added tokens with which the template begins and ends turns: in a text of a row, a model takes them for these."""
+        around = self.template.renderer.given(self.template.probe) + self.template.turn.tail
+        return [text for text in self._tokens if text in around and not text.startswith("<think")]
 
     def _joined(self, cut: Cut, prompt_ids: list[int], whole: list[int], notes: set[str]) -> Ids:
         """Prompt and answer of a row from the ids of its prompt and of its dialogue. Raises ValueError if they do not fit."""

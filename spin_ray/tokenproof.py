@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -145,7 +146,9 @@ def _breaks(tokenizer: Any, text: str) -> set[int]:
     return set(accumulate(len(word) for word in tight.split()))
 
 
+@lru_cache(maxsize=1)
 def _added(tokenizer: Any) -> str:
     """A pattern of the added tokens, the longest first."""
     texts = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()), key=len, reverse=True)
-    return "|".join(map(re.escape, texts)) or "(?!)"
+    begins = "".join(sorted({re.escape(text[0]) for text in texts}))
+    return f"(?=[{begins}])(?:{'|'.join(map(re.escape, texts))})" if texts else "(?!)"  # what is first looked at is one letter

@@ -38,7 +38,7 @@ def _arrow_rows(batches: Iterator[pa.RecordBatch], schema: pa.Schema, path: Path
     for batch in batches:
         for start in range(0, len(batch), BATCH_ROWS):
             for row in batch.slice(start, BATCH_ROWS).to_pylist(maps_as_pydicts="strict"):
-                yield f"{path} row {next(number)}", without_none(decode(row))
+                yield f"{path} row {next(number)}", decode(without_none(row))
 
 
 def _decoder(schema: pa.Schema) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -42,11 +42,11 @@ def choose(dialogue: Dialogue, which: str) -> Chosen:
     """
     turns = dialogue.turns
     places = [k for k, turn in enumerate(turns) if turn.message["role"] == "assistant"]
-    if not places or places[0] == 0:
+    if places in ([], [0]):
         raise ValueError("no assistant answer" if not places else "the dialogue begins with the assistant")
     chosen, skipped = [], Counter()
     for place in reversed(places) if which == "last" else places:
-        if reason := _is_context(turns[place]):
+        if reason := "turns_that_open_the_dialogue" if place == 0 else _is_context(turns[place]):
             skipped[reason] += 1
         else:
             chosen.append(place)
@@ -54,7 +54,8 @@ def choose(dialogue: Dialogue, which: str) -> Chosen:
                 break
     if not chosen:
         raise ValueError(f"no assistant answer to train on: {', '.join(f'{name} {n}'.replace('_', ' ') for name, n in skipped.items())}")
-    return Chosen(dialogue, chosen, skipped)
+    behind = sum(turn.message["role"] != "assistant" for turn in turns[max(chosen) + 1 :]) if which != "first" else 0
+    return Chosen(dialogue, chosen, skipped + Counter(turns_behind_the_last_answer=behind))
 
 
 def _is_context(turn: Turn) -> str:

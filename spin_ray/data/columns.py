@@ -1,7 +1,8 @@
 """Which columns of a row, and keys of a message, say nothing about what is trained on.
 
 Every name ends in one of four ways: used by a format, harmless (this file), named in data.ignore_columns, or refused. A name is
-harmless only if no value of it could change which text is the prompt, which is the answer, or whether the answer is a good one.
+harmless only if no value of it could change which text is the prompt and which is the answer. Scores and ranks are harmless too: which
+rows are good enough is for their owner to choose, before; a label, which may turn an answer's meaning round, is not.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ parallel_tool_calls finish_reason usage metadata meta version
 """.split())
 ENDINGS = ("_id", "_ids", "_uuid", "_hash", "_score", "_scores", "_rating", "_url", "_timestamp", "_tokens", "_token_count")
 BEGINNINGS = ("num_", "score_", "rating_")
-NOT_HARMLESS = frozenset("tool_call_id input_ids token_ids prompt_ids label_ids image_id image_url audio_url video_url".split())
-"""Names that only look like those above."""
+NOT_HARMLESS = frozenset("tool_call_id input_ids token_ids prompt_ids label_ids".split())
+_MEDIA = ("image", "img", "picture", "pic", "photo", "figure", "audio", "video", "speech", "sound", "media")
+"""Names that only look like those above, and how the names of what a text model cannot see begin."""
 INDEX_COLUMNS = ("", "Unnamed: 0")
 """What pandas calls a table's row numbers in a CSV file."""
 REASONS = {
@@ -45,17 +47,10 @@ class Sieve:
         self._ignore = frozenset(ignore)
         self.ignored: list[str] = []
 
-    def wanted(self, fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """The fields that hold something and that the user did not name in data.ignore_columns."""
-        kept = {}
-        for name, value in fields.items():
-            if is_absent(value):
-                continue
-            if name in self._ignore:
-                self.ignored.append(prefix + name)
-            else:
-                kept[name] = value
-        return kept
+    def shown(self, fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """The fields that the user did not name in data.ignore_columns."""
+        self.ignored += [prefix + name for name, value in fields.items() if name in self._ignore and not is_absent(value)]
+        return {name: value for name, value in fields.items() if name not in self._ignore}
 
     def passes(self, name: str, prefix: str = "") -> bool:
         """Whether a name is harmless; it is noted then."""
@@ -67,7 +62,7 @@ class Sieve:
     def refuse(self, name: str) -> None:
         """Raise ValueError for a column that is neither used nor harmless."""
         reason = REASONS.get(name, "is neither a known part of a dialogue nor known to be harmless")
-        raise ValueError(f"column {name} {reason}; {REMEDY}")
+        raise ValueError(f"column {name if name.isprintable() else ascii(name)} {reason}; {REMEDY}")
 
 
 def is_absent(value: Any) -> bool:
@@ -75,8 +70,13 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
+def present(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that hold something."""
+    return {name: value for name, value in fields.items() if not is_absent(value)}
+
+
 def is_harmless(name: str) -> bool:
-    if name in NOT_HARMLESS:
+    if name in NOT_HARMLESS or name.lower().startswith(_MEDIA):
         return False
     return name in HARMLESS or name in INDEX_COLUMNS or name.endswith(ENDINGS) or name.startswith(BEGINNINGS)
 

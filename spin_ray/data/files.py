@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import glob
 import gzip
 import io
 import lzma
@@ -41,6 +42,8 @@ TEXT_READERS: dict[str, Callable[[IO[bytes], Path], Rows]] = {
 ARROW_READERS: dict[str, Callable[[Path], Rows]] = {".parquet": parquet, ".arrow": arrow}
 ENDINGS_READ = ".jsonl, .ndjson, .json, .csv, .tsv (also with .gz, .bz2, .xz or .zst behind), .parquet, .arrow"
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json", "config.json")
+BESIDE = ("README", "LICENSE", "LICENCE", "NOTICE", "CITATION", "CHANGELOG", "_SUCCESS", "_METADATA", "_COMMON_METADATA")
+BESIDE_ENDINGS = (".md", ".py", ".ipynb", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".html", ".yaml", ".yml", ".lock", ".sha256", ".md5")
 """What data sets' folders hold beside the data."""
 UNREADABLE = (OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError, csv.Error, pa.ArrowException)
 """ValueError and OverflowError: text that is no UTF-8, and Arrow values that Python has no type for."""
@@ -53,6 +56,8 @@ def read_rows(source: str, split: str) -> Rows:
         yield from _folder(path, split)
     elif path.exists():
         yield from read_file(path)
+    elif "://" in source or any(sign in source for sign in "*?"):
+        raise BadInput(f"{source}: addresses and patterns are not read; give a file, a folder of files, or a data set's name on the hub")
     elif _ending(path) or source.startswith((".", "/", "~")):
         raise BadInput(f"{source}: no such file")
     else:
@@ -135,13 +140,18 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 def _by_name(folder: Path) -> dict[str, list[Path]]:
     """Splits by the names of files and folders, as `datasets` finds them: train, validation, test, or all of it is train."""
-    there = [path for path in folder.rglob("*") if path.is_file() and _is_data(path.relative_to(folder))]
+    files = [path for path in _walk(folder) if not _is_no_data(path.relative_to(folder))]
+    there = [path for path in files if _ending(path)]
     if not there:
         raise BadInput(f"{folder}: no data files in this folder; what is read: {ENDINGS_READ}")
+    if odd := sorted(set(files).difference(there)):
+        name = odd[0].relative_to(folder)
+        raise BadInput(f"{folder}: {name} is no kind of data file that is read ({ENDINGS_READ}); convert it, or move it elsewhere")
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    base = str(folder.resolve())
-    found = _paths(DataFilesDict.from_patterns(get_data_patterns(base), base_path=base), folder)
+    base = glob.escape(str(folder.resolve()))
+    with _loadable(str(folder)):
+        found = _paths(DataFilesDict.from_patterns(get_data_patterns(base), base_path=base), folder)
     splits = {name: [path for path in paths if path in set(there)] for name, paths in found.items()}
     if forgotten := sorted(set(there).difference(*splits.values())):
         name = forgotten[0].relative_to(folder)
@@ -149,9 +159,16 @@ def _by_name(folder: Path) -> dict[str, list[Path]]:
     return {name: paths for name, paths in splits.items() if paths}
 
 
-def _is_data(path: Path) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return not hidden and path.name not in NO_DATA and bool(_ending(path))
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files of a folder, also behind links to other folders."""
+    for here, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(here, name) for name in names)
+
+
+def _is_no_data(path: Path) -> bool:
+    """Whether a file is one of those that data sets' folders hold beside the data."""
+    hidden = any(part.startswith(".") or part.startswith("__") for part in path.parts)
+    return hidden or path.name in NO_DATA or path.name.upper().startswith(BESIDE) or path.suffix.lower() in BESIDE_ENDINGS
 
 
 def _described(folder: Path) -> dict[str, list[Path]]:

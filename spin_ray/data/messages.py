@@ -5,7 +5,7 @@
 | role + content, or ShareGPT's from + value | role + content; human is the user, gpt and model are the assistant |
 | content as a list of text parts | their texts, one after another; any other part is refused by its type |
 | weight 0, or train: false | a turn that is context only; any other weight than 0 and 1 is refused |
-| function_call (ShareGPT) | an assistant turn with tool_calls |
+| function_call (a speaker of ShareGPT, a key of OpenAI's old format) | an assistant turn with tool_calls |
 | observation, tool, tool_response, function_response (ShareGPT) | a tool turn |
 | arguments of a tool call as JSON text (OpenAI) | the object, as templates expect them |
 | id, timestamp, ... (columns.py) | left out and counted |
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from spin_ray.chat import Message
-from spin_ray.data.columns import Sieve, is_absent
+from spin_ray.data.columns import Sieve, is_absent, present
 
 ROLES = {"system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "model": "assistant", "tool": "tool", "function": "function"}
-SPEAKERS = ROLES | dict.fromkeys(("observation", "tool_response", "function_response"), "tool")
+SPEAKERS = ROLES | {"chatgpt": "assistant"} | dict.fromkeys(("observation", "tool_response", "function_response"), "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
 YES, NO = ("1", "1.0", "true"), ("0", "0.0", "false")
 
@@ -38,14 +38,32 @@ class Turn:
 def read_turns(value: Any, column: str, sieve: Sieve) -> list[Turn]:
     """The turns of a list of messages, or of its JSON text. Raises ValueError for what is none."""
     turns = from_json(value, column) if isinstance(value, str) else value
+    if isinstance(turns, dict) and len({len(items) if isinstance(items, list) else None for items in turns.values()} - {None}) == 1:
+        turns = _turned(turns, column)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{column} must be a list of messages that is not empty")
     return [_turn(turn, column, sieve) for turn in turns]
 
 
+def _turned(lists: dict[str, Any], column: str) -> list[dict[str, Any]]:
+    """A dictionary of lists, as `datasets` once wrote lists of messages, as such a list."""
+    if odd := [name for name, items in lists.items() if not isinstance(items, list)]:
+        raise ValueError(f"{column} must be a list of messages; {odd[0]} in it is no list")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json`: an object; ValueError if it has a key twice, of which `json` would keep the last one."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)} twice")
+    return made
+
+
 def from_json(text: str, column: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{column} is text that is not valid JSON: {error}") from error
 
@@ -53,7 +71,8 @@ def from_json(text: str, column: str) -> Any:
 def _turn(turn: Any, column: str, sieve: Sieve) -> Turn:
     if not isinstance(turn, dict):
         raise ValueError(f"every message in {column} needs a role and a content, both text")
-    given = sieve.wanted(turn, f"{column}.")
+    turn = sieve.shown(turn, f"{column}.")
+    given = present(turn)
     sharegpt = "from" in given and "role" not in given
     speaker, said = ("from", "value") if sharegpt else ("role", "content")
     if sharegpt and given["from"] == "function_call":
@@ -62,21 +81,26 @@ def _turn(turn: Any, column: str, sieve: Sieve) -> Turn:
         message = {"role": _role(given.get(speaker), column, sharegpt), "content": ""}
         if not is_absent(content := given.pop(said, turn.get(said))):
             message["content"] = _text(content, column)
-        elif content is None and "tool_calls" not in given:
+        elif content is None and not {"tool_calls", "function_call"} & given.keys():
             raise ValueError(f"every message in {column} needs a role and a content, both text")
     given.pop(speaker)
     trains = all([_trains(name, given.pop(name)) for name in ("weight", "train") if name in given])
     for name, item in given.items():
         if not sieve.passes(name, f"{column}."):
             message[name] = _tool_calls(item) if name == "tool_calls" else item
+    if "function_call" in message:
+        if "tool_calls" in message or message["role"] != "assistant":
+            raise ValueError(f"{column}: function_call beside {'tool_calls' if 'tool_calls' in message else 'the role ' + message['role']}")
+        message["tool_calls"] = _called(message.pop("function_call"))
     return Turn(message, trains)
 
 
 def _role(name: Any, column: str, sharegpt: bool) -> str:
-    if isinstance(name, str) and name in (SPEAKERS if sharegpt else ROLES):
-        return (SPEAKERS if sharegpt else ROLES)[name]
+    known = SPEAKERS if sharegpt else ROLES
+    if isinstance(name, str) and name.lower() in known:
+        return known[name.lower()]
     if sharegpt:
-        raise ValueError(f"{column}: unknown speaker {name!r}")
+        raise ValueError(f"{column}: unknown speaker {name!r}; known are {', '.join(known)}, function_call")
     if not isinstance(name, str):
         raise ValueError(f"every message in {column} needs a role and a content, both text")
     name.encode()  # half a surrogate pair has its own complaint

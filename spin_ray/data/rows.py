@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spin_ray.chat import Message
-from spin_ray.data.columns import Sieve, is_absent
+from spin_ray.data.columns import Sieve, is_absent, present
 from spin_ray.data.messages import NO, YES, Turn, from_json, read_turns
 
 WHOLE = ("messages", "real", "conversations", "conversation", "dialogue", "dialog")
@@ -37,10 +37,13 @@ ANSWERS = {
 """Column of the question -> columns that may hold the answer."""
 CONTEXTS = {"instruction": ("input", "context")}
 """Column of the question -> columns whose text follows it."""
+LONG_PROMPT = 8
+"""Words of a prompt with which no answer begins by chance."""
 SYSTEM = ("system", "system_prompt")
 _BESIDE = frozenset(("history", *SYSTEM, "tools", "answer"))
 """Columns that may stand beside any of these."""
 MAY_REPEAT = frozenset((*WHOLE, *ANSWERS, "response", "completion", "output", "solution", "text", "chosen"))
+_ANSWER_NAMES = frozenset(name for names in ANSWERS.values() for name in names)
 KNOWN = frozenset((*WHOLE, *ANSWERS, "chosen"))
 """Columns of which a row has at least one."""
 
@@ -71,7 +74,8 @@ def to_messages(row: Mapping[str, Any], ignore_columns: Iterable[str] = ()) -> l
 def read_dialogue(row: Mapping[str, Any], ignore_columns: Iterable[str] = ()) -> Dialogue:
     """A row as a dialogue. Raises ValueError for a format or a column that is not known, naming it."""
     sieve = Sieve(ignore_columns)
-    given = sieve.wanted(row)
+    row = sieve.shown(row)
+    given = present(row)
     form, used = _form(given, row)
     turns = _read_form(form, used, row, sieve)
     turns = _with_history(turns, _take(given, ("history",)), sieve)
@@ -104,7 +108,7 @@ def _answer(question: str, given: Mapping[str, Any], row: Mapping[str, Any]) -> 
     """The one column that answers; an empty one if there is no other. `answer` beside another is what that one is checked against."""
     names = [name for name in ANSWERS[question] if name in given]
     names = [name for name in names if name != "answer"] or names
-    if len(names) > 1:
+    if any(given[name] != given[names[0]] for name in names[1:]):
         raise ValueError(f"both {' and '.join(names)} hold an answer; name the one that is not to be trained on in data.ignore_columns")
     names += [name for name in ANSWERS[question] if row.get(name) is not None]
     if not names:
@@ -129,6 +133,10 @@ def _read_form(form: str, used: list[str], row: Mapping[str, Any], sieve: Sieve)
         return _chosen_alone(row["chosen"], sieve)
     asked, given = _question(form, used[1:-1], row, sieve), used[-1]
     answer = _as_turns(row[given], "assistant", given, sieve)
+    if given == "chosen" and _holds(answer, asked):
+        return answer  # the prompt's turns once more, perhaps behind a system text
+    if asked[-1].message["role"] == "assistant":
+        raise ValueError(f"{form} ends with the begin of the assistant's turn; put that text at the begin of {given}")
     if given == "chosen":
         return _after_question(form, asked, answer)
     if len(answer) > 1 and not isinstance(row[given], str) and answer[0].message["role"] != "assistant":
@@ -162,9 +170,10 @@ def _chosen_alone(value: Any, sieve: Sieve) -> list[Turn]:
 
 
 def _after_question(form: str, asked: list[Turn], chosen: list[Turn]) -> list[Turn]:
-    """Preference rows: chosen holds the prompt's turns once more (perhaps behind a system text), or only what follows them."""
-    if _holds(chosen, asked):
-        return chosen
+    """Preference rows whose chosen holds only what follows the prompt's turns."""
+    text = asked[-1].message["content"]
+    if len(text.split()) >= LONG_PROMPT and len(chosen) == 1 and chosen[0].message["content"].startswith(text):
+        raise ValueError(f"chosen begins with the text of {form} once more; cut that off")
     if all(turn.message["role"] == "assistant" for turn in chosen):
         return asked + chosen
     raise ValueError(f"chosen is a dialogue that does not hold {form}")
@@ -189,7 +198,7 @@ def _with_history(turns: list[Turn], column: tuple[str, Any], sieve: Sieve) -> l
     paired = not isinstance(value[0], dict)
     history = [turn for pair in value for turn in _pair(pair)] if paired else read_turns(value, "history", sieve)
     begin = next((k for k, turn in enumerate(turns) if turn.message["role"] not in ("system", "developer")), len(turns))
-    if turns[begin : begin + len(history)] == history:
+    if turns[begin : begin + len(history)] == history and len(turns) > begin + len(history):
         return turns
     return turns[:begin] + history + turns[begin:]
 
@@ -239,7 +248,8 @@ def _pass_over(name: str, value: Any, turns: list[Turn], used: list[str], sieve:
     """A column that is no part of the dialogue: it may be passed over, or the row is refused."""
     if name in ("weight", "train"):
         return _check_weight(name, value, sieve)
-    if _is_other_half(name, turns, used) or (name in MAY_REPEAT and _repeats(name, value, turns)):
+    answers = name in _ANSWER_NAMES and turns[-1].message["role"] != "assistant"  # the dialogue has no answer at its end
+    if _is_other_half(name, turns, used) or (name in MAY_REPEAT and not answers and _repeats(name, value, turns)):
         sieve.ignored.append(name)
     elif not sieve.passes(name):
         sieve.refuse(name)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from spin_ray.data.messages import unique
 from spin_ray.data.rows import KNOWN
 from spin_ray.errors import BadInput
 
@@ -62,7 +63,7 @@ def _list_of_rows(content: bytes, path: Path) -> Rows:
         text = content.decode(json.detect_encoding(content))
         place = _space(text, 0)
         if not text.startswith("[", place):
-            json.loads(text)
+            _DECODER.decode(text)
             raise BadInput(f"{path}: {_WHAT_JSON_HOLDS}")
     del content
     place = _space(text, place + 1)
@@ -81,7 +82,7 @@ def _list_of_rows(content: bytes, path: Path) -> Rows:
             raise json.JSONDecodeError("Expecting ',' between rows and ']' at the end", text, place)
 
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def _space(text: str, place: int) -> int:
@@ -99,7 +100,7 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 def _parse(text: bytes, where: str) -> Any:
     with _valid_json(where):
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
 
 
 @contextmanager
@@ -129,9 +130,16 @@ def _table(file: IO[bytes], path: Path, delimiter: str) -> Rows:
         if len(set(header)) < len(header):
             raise BadInput(f"{path} line 1: two columns have the same name; the header is {', '.join(header)}")
         line = records.line_num + 1
-        for cells in records:
+        while (cells := _next_record(records, line, path)) is not None:
             if cells and len(cells) != len(header):
                 raise BadInput(f"{path} line {line}: {len(cells)} cells under {len(header)} columns ({', '.join(header)})")
             if cells:
                 yield f"{path} line {line}", dict(zip(header, cells, strict=True))
             line = records.line_num + 1
+
+
+def _next_record(records: Any, line: int, path: Path) -> list[str] | None:
+    try:
+        return next(records, None)
+    except csv.Error as error:
+        raise BadInput(f"{path} line {line}: {error}; a quote inside a cell in quotes must be doubled") from error

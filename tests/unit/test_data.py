@@ -323,7 +323,7 @@ def test_with_all_turns_a_bad_turn_goes_and_its_dialogue_stays(tmp_path, chat):
     path = jsonl(tmp_path, BAD_TURN, {"messages": [USER, {"role": "assistant", "content": ""}]})
     prompts, counts = load(path, chat, turns="all", bad_rows="drop")
     assert sorted(chat.decode(p.real_ids) for p in prompts) == ["Bye", "Hello"]
-    assert counts == {"rows": 2, "kept": 2, "dropped_bad_turns": 2, "dropped_bad": 1, "duplicates": 0}
+    assert counts == {"rows": 2, "kept": 2, "dropped_bad_turns": 2, "dropped_bad": 1, "duplicates": 0, "with tokens of the template in a text": 1}
     assert "warning: 3 rows or turns dropped, see data.bad_rows" in counted("x", counts)
     with pytest.raises(BadInput, match="line 1: empty answer"):
         load(path, chat, turns="all")

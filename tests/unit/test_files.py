@@ -116,8 +116,8 @@ def test_every_cell_of_a_table_stays_text(tmp_path, delimiter, ending):
     ("a.csv", b"prompt,response\nHi,Hello\nHi\n", "a.csv line 3: 1 cells under 2 columns (prompt, response)"),
     ("a.csv", b"prompt,response\nHi,Hello,you\n", "a.csv line 2: 3 cells under 2 columns"),
     ("a.csv", b"prompt,prompt\nHi,Hello\n", "a.csv line 1: two columns have the same name"),
-    ("a.csv", b'prompt,response\nHi,"Hello\n', "a.csv: not a readable .csv file: unexpected end of data"),
-    ("a.csv", b'prompt,response\nHi,"Hello"you\n', "a.csv: not a readable .csv file: ',' expected after '\"'"),
+    ("a.csv", b'prompt,response\nHi,"Hello\n', "a.csv line 2: unexpected end of data"),
+    ("a.csv", b'prompt,response\nHi,"Hello"you\n', "a.csv line 2: ',' expected after '\"'"),
     ("a.csv", "prompt,response\nHi,Grüße\n".encode("latin-1"), "a.csv: not a readable .csv file: 'utf-8' codec can't decode byte"),
     ("a.jsonl", b'{"prompt": "Hi", "response": "Hello"}\nHello\n', "a.jsonl line 2: not valid JSON"),
     ("a.json", b'{"prompt": "Hi", "response": "Hello"}\n[]\n', "a.json line 2: expected an object, found list"),
@@ -139,6 +139,8 @@ def test_every_cell_of_a_table_stays_text(tmp_path, delimiter, ending):
     ("a.parquet.gz", b"", "a.parquet.gz: unknown kind of data file; what is read: .jsonl, .ndjson"),
     ("a.txt", b"Hi", "a.txt: unknown kind of data file; what is read: .jsonl, .ndjson"),
     ("a.zip", b"Hi", "a.zip: unknown kind of data file"),
+    ("a.jsonl", b'{"prompt": "a", "prompt": "b", "response": "c"}\n', "a.jsonl line 1: not valid JSON: an object has the key prompt twice"),
+    ("a.json", b'[{"prompt": "a", "response": "b", "response": "c"}]', "a.json: not valid JSON: an object has the key response twice"),
 ])
 def test_what_cannot_be_read_is_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -192,6 +194,8 @@ def test_a_folder_of_files(tmp_path, files, splits):
 
 @pytest.mark.parametrize("files, message", [
     ({"README.md": b"# hello"}, "no data files in this folder; what is read: .jsonl"),
+    ({"a.jsonl": ROWS, "b.jsonl.zip": b"PK"}, "b.jsonl.zip is no kind of data file that is read"),
+    ({"a.jsonl": ROWS, "b.jsonl.1": b"{}"}, "b.jsonl.1 is no kind of data file that is read"),
     ({"train-0.jsonl": ROWS, "more.jsonl": ROWS}, "more.jsonl belongs to none of the splits train by its name"),
     ({"main/train-0.parquet": ROWS, "socratic/train-0.parquet": ROWS, "README.md": b"---\nconfigs:\n- config_name: main\n  data_files: main/*\n"
       b"- config_name: socratic\n  data_files: socratic/*\n---\n"}, "Config name is missing"),

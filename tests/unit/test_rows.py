@@ -108,6 +108,17 @@ DIALOGUES = {
                                    {"content": "Hello", "role": "assistant", "toxic": False}], "turn": 1, "model": "gpt-4", "redacted": False}, [USER, ASSISTANT]),
     "ultrachat": ({"prompt": "Hi", "prompt_id": "a", "messages": [USER, ASSISTANT]}, [USER, ASSISTANT]),
     "magpie": ({"uuid": "a", "instruction": "Hi", "response": "Hello", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, [USER, ASSISTANT]),
+    "openai's functions": (
+        {"messages": [user("Weather?"), {"role": "assistant", "content": None, "function_call": {"name": "w", "arguments": '{"c": "Oslo"}'}},
+                      {"role": "function", "name": "w", "content": "12 C"}, says("It is 12 C.")]},
+        [user("Weather?"), says("", tool_calls=[CALL]), {"role": "function", "name": "w", "content": "12 C"}, says("It is 12 C.")],
+    ),
+    "a dictionary of lists": ({"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}}, [USER, ASSISTANT]),
+    "roles in capitals": ({"messages": [{"role": "User", "content": "Hi"}, {"role": "ASSISTANT", "content": "Hello"}]}, [USER, ASSISTANT]),
+    "chatgpt": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Hello"}]}, [USER, ASSISTANT]),
+    "the same exchange before": ({"instruction": "Hi", "output": "Hello", "history": [["Hi", "Hello"]]}, [USER, ASSISTANT, USER, ASSISTANT]),
+    "two columns with one answer": ({"prompt": "Hi", "response": "Hello", "completion": "Hello"}, [USER, ASSISTANT]),
+    "a chosen that begins as a short prompt": ({"prompt": "Hi", "chosen": "Hi there", "rejected": "No"}, [USER, says("Hi there")]),
     "a developer": ({"messages": [{"role": "developer", "content": "Be brief."}, USER, ASSISTANT]}, [{"role": "developer", "content": "Be brief."}, USER, ASSISTANT]),
 }
 
@@ -122,6 +133,19 @@ def test_a_row_becomes_these_messages(row, messages):
     ({"messages": [USER, PIRATE, ASSISTANT], "system": "Talk like a pirate."}, "column system beside another system turn"),
     ({"messages": [{"role": "developer", "content": "Be kind."}, USER, ASSISTANT], "system": "S"}, "column system beside another system turn"),
     ({"prompt": "Hi", "response": "Hello", "system": "a", "system_prompt": "b"}, "system and system_prompt differ"),
+    ({"prompt": [USER, says("Roses are")], "completion": " red"}, "prompt ends with the begin of the assistant's turn; put that text at the begin of completion"),
+    ({"prompt": [USER, says("Roses")], "chosen": [says(" red")], "rejected": []}, "prompt ends with the begin of the assistant's turn"),
+    ({"prompt": "\n\nHuman: what is it that you say to me?\n\nAssistant:", "chosen": "\n\nHuman: what is it that you say to me?\n\nAssistant: Hi", "rejected": "x"},
+     "chosen begins with the text of prompt once more; cut that off"),
+    ({"messages": [USER, ASSISTANT, USER], "response": "Hello"}, "column response is neither a known part"),
+    ({"messages": [USER, says("Hello", function_call={"name": "w"}, tool_calls=[CALL])]}, "function_call beside tool_calls"),
+    ({"messages": [{**USER, "function_call": {"name": "w"}}, ASSISTANT]}, "function_call beside the role user"),
+    ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "messages is text that is not valid JSON: an object has the key content twice"),
+    ({"conversations": {"from": ["human", "gpt"], "value": ["Hi"]}}, "conversations must be a list of messages"),
+    ({"conversations": {"from": ["human"], "value": "Hi"}}, "conversations must be a list of messages; value in it is no list"),
+    ({"conversations": [{"from": "bing", "value": "Hi"}]}, "unknown speaker 'bing'; known are system, developer, user, human"),
+    ({"prompt": "Hi", "response": "Hello", "picture_url": "x"}, "column picture_url is neither"),
+    ({"prompt": "Hi", "response": "Hello", "a\nb": "x"}, r"column 'a\nb' is neither"),
     ({"prompt": "Hi", "response": "Hello", "system": 3}, "system must be text, found int"),
     ({"prompt": "Hi", "response": "Hello", "history": [["Hi"]]}, "history must be a list of [question, answer], all text"),
     ({"prompt": "Hi", "response": "Hello", "history": "Hi"}, "history is text that is not valid JSON"),
@@ -220,13 +244,32 @@ def test_openai_weight(which, expected, mark):
     assert chosen(which, USER, says("Bad answer", **mark), user("Again"), says("Good answer", weight=1)) == expected
 
 
+def test_turns_behind_the_last_answer_are_counted_and_one_that_opens_the_dialogue_is_no_answer():
+    assert chosen("last", USER, says("12"), USER, USER) == (["12"], {"turns_behind_the_last_answer": 2})
+    assert chosen("all", USER, says("12"), USER, says("13"), USER) == (["12", "13"], {"turns_behind_the_last_answer": 1})
+    assert chosen("first", USER, says("12"), USER, says("13"), USER) == (["12"], {})
+    assert chosen("all", says("Welcome"), USER, says("12")) == (["12"], {"turns_that_open_the_dialogue": 1})
+    assert chosen("first", says("Welcome"), USER, says("12")) == (["12"], {"turns_that_open_the_dialogue": 1})
+    assert chosen("last", says("Welcome"), USER, says("12")) == (["12"], {})
+    with pytest.raises(ValueError, match="the dialogue begins with the assistant"):
+        chosen("last", says("Welcome"), USER)
+
+
+@pytest.mark.parametrize("names", [["completion"], ["prompt"], ["prompt", "completion"]])
+def test_a_column_that_is_to_be_ignored_is_not_read(names):
+    with pytest.raises(ValueError, match=r"none of the known columns|no response or completion or chosen beside prompt"):
+        to_messages({"prompt": "Hi", "completion": "Hello"}, names)
+    with pytest.raises(ValueError, match="a role and a content"):
+        to_messages({"messages": [USER, ASSISTANT]}, ["content"])
+
+
 def test_a_turn_that_only_calls_a_tool_is_no_answer_and_with_text_it_is():
     result = {"role": "tool", "content": "12 C"}
     calls, talks = says("", tool_calls=[CALL]), says("Let me see.", tool_calls=[CALL])
     assert chosen("all", USER, calls, result, says("12")) == (["12"], {"turns_that_only_call_tools": 1})
     assert chosen("first", USER, calls, result, says("12")) == (["12"], {"turns_that_only_call_tools": 1})
     assert chosen("all", USER, talks, result, says("12")) == (["Let me see.", "12"], {})
-    assert chosen("last", USER, says("12"), USER, calls) == (["12"], {"turns_that_only_call_tools": 1})
+    assert chosen("last", USER, says("12"), USER, calls) == (["12"], {"turns_that_only_call_tools": 1, "turns_behind_the_last_answer": 1})
     with pytest.raises(ValueError, match="no assistant answer to train on: turns that only call tools 1"):
         chosen("last", USER, calls)
 
@@ -249,7 +292,7 @@ def test_an_unknown_column_is_refused_or_named_or_used(row, name, value):
     try:
         after = read_dialogue({**row, name: value})
     except ValueError as error:
-        assert name in str(error)
+        assert any(column in str(error) for column in (name, *row))  # beside a query, it may be the row's problem that is one too many
     else:
         assert name in after.ignored or (after.messages, after.tools, after.answer) != (before.messages, before.tools, before.answer)
 
