@@ -104,7 +104,7 @@ class SelfPlay:
         tokens_per_pair = 2 * float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
         self._first_losses = FirstLosses(config, self._overlap, tokens_per_pair, tracker, terminal)
         self._rollbacks = Rollbacks(config, run, self._learner, tracker, terminal)
-        self._all_trained = False
+        self._all_trained = self._first == self._last
 
     def play(self) -> None:
         """All iterations that the manifest does not call finished."""
@@ -130,12 +130,12 @@ class SelfPlay:
             follow(self._learner, training, self._reports.arrived, self._interrupts)  # line 6
             with self._interrupts.graceful():  # a signal here ends the next iteration's training before it begins
                 made = self._become_opponent(t + 1, training)
+            self._all_trained = made.next_training is None
             trained = self._trained(t, made.report)
             self._reports.stands(t + 1, group=made.group)
             opponent.release(t + 1, trained)
             self._threads.start(self._run.mark_checksums, t)
             training = made.next_training
-        self._all_trained = True
 
     def _post_training(self, t: int) -> int | None:
         """Line 6: theta_{t+1} = argmin over the pairs of iteration t (and t - 1). Posted early: the workers wait for the blocks."""

@@ -73,7 +73,10 @@ def test_half_a_venv_is_made_anew(checkout):
 
 def test_an_interrupted_setup_says_how_to_go_on(checkout):
     env = {**os.environ, "PYTHON": str(checkout / "python"), "HANG": "yes"}
-    setting_up = subprocess.Popen([checkout / "cluster/setup.sh"], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    setting_up = subprocess.Popen(
+        [checkout / "cluster/setup.sh"], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in a shell's background ignore it
+    )
     while not (checkout / "hangs").exists():
         time.sleep(0.05)
     os.killpg(setting_up.pid, signal.SIGINT)
