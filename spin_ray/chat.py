@@ -49,6 +49,7 @@ from typing import Any
 from spin_ray.errors import BadInput
 from spin_ray.rendering import Message
 from spin_ray.template import Cut, Template
+from spin_ray.tokenizer import shipped_templates
 
 Row = tuple[Sequence[Message], "str | Message", "list | None"]
 """Prompt, answer and tools: the arguments of `ChatFormat.encode`."""
@@ -68,7 +69,8 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, *, name: str = "tokenizer", eos_ids: Sequence[int] = (), vocab_size: int | None = None):
         if not getattr(tokenizer, "chat_template", None):
-            raise BadInput(f"{name}: the tokenizer has no chat template; model.chat_template takes one: a Jinja file, or a shipped name")
+            ways = f"a Jinja file, or one of {', '.join(shipped_templates())}"
+            raise BadInput(f"{name}: the tokenizer has no chat template; model.chat_template takes one: {ways}")
         self.tokenizer, self._vocab_size = tokenizer, vocab_size
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._eos: set[int] = {*own, *eos_ids}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -46,7 +47,8 @@ def run_eval(config: Config) -> None:
     if not config.data.eval:
         raise BadInput("data.eval is not set; eval needs held-out data")
     logs = config.run_path / "logs"
-    with captured_output(logs / "eval.log") as to_user:
+    to_read = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8")  # standard output is for the numbers
+    with to_read, captured_output(logs / "eval.log") as to_user:
         facts, proof, data = inspect_model(config), Proof(), config.data
         proof.tokens(data.eval, data.eval_split or data.split, config, facts.chat)
         prompts, counts = load_prompts(
@@ -57,7 +59,7 @@ def run_eval(config: Config) -> None:
             refuse_sampler(facts, hardware, reloads=False)
             pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
             pool.release.remote(Version(0))
-            print(proof.line(_sampler_beside_transformers(pool, prompts, facts, hardware, logs)), file=to_user)
+            print(proof.line(_sampler_beside_transformers(pool, prompts, facts, hardware, logs)), file=to_read)
             metrics = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
         print(json.dumps({"model": facts.path, "num_prompts": len(prompts), "rows": counts, **metrics}), file=to_user)
 

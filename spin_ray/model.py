@@ -43,6 +43,8 @@ def inspect_model(config: Config) -> ModelFacts:
     is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1  # a hub name is NAME or OWNER/NAME
     if is_local and not Path(path).is_dir():
         raise BadInput(f"model.path={config.model.path}: no such folder; give one with a model, demo:sft, or a name on the model hub")
+    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+        raise BadInput(f"model.path={path}: an adapter without its base; merge it into that first (peft's merge_and_unload), and save that")
     try:
         model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:

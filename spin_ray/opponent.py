@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import ray
 
 from spin_ray.background import Threads
 from spin_ray.config import Config
@@ -71,10 +70,8 @@ class Opponent:
         """Start the play of all iterations: its pipeline starts up while the engines do. Returns when a sampler is up."""
         self._threads.start(self._play)
         ready = self._pool.ready.remote().future()
-        while not self._threads.settled(ready, timeout_s=60):
-            number = self._config.sampler.num_replicas
-            self._reporting.terminal.say(f"still waiting for the first of {number} samplers; free: {ray.available_resources()}")
-        self._threads.result(ready)
+        number = self._config.sampler.num_replicas
+        self._reporting.wait_for(ready, self._threads, f"the first of {number} samplers", f"{self._run.logs}/sampler-0.log")
 
     def _play(self) -> None:
         """Lines 3-5: theta_t answers every prompt. Hands every block on as soon as it is finished."""

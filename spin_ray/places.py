@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from spin_ray.config import Config
 from spin_ray.errors import BadInput
 
@@ -185,16 +187,29 @@ def _ray_token(folder: Path) -> Path:
     return path
 
 
-BUILD_LOCK_S = 600.0
-"""An extension of torch is built within a minute or two; a lock as old as this was left by a process that was killed."""
+BUILD_BEGINS_S = 30.0
+"""So long after its lock is there, torch has begun to build an extension: its compilers are at work in the lock's folder."""
 
 
 def drop_left_build_locks() -> None:
-    """Remove what would have every later process wait for ever: DeepSpeed has torch build a small extension, under a lock file."""
+    """Remove what would have every later process wait for ever: DeepSpeed has torch build a small extension, under a lock file.
+
+    Returns when there is none: one that is used is waited for, one that was left by a process that is gone is removed.
+    """
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.glob("**/lock"):
-        with suppress(OSError):  # another process may have removed it
-            if time.time() - lock.stat().st_mtime > BUILD_LOCK_S:
-                lock.unlink()
+        with suppress(OSError):  # whoever had it has removed it
+            while time.time() - lock.stat().st_mtime < BUILD_BEGINS_S or _is_at_work_in(lock.parent):
+                time.sleep(0.5)
+            lock.unlink()
+
+
+def _is_at_work_in(folder: Path) -> bool:
+    """Whether a process of this machine has this working directory."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if Path(process.cwd()).samefile(folder):
+                return True
+    return False

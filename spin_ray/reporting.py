@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
+from spin_ray.background import Threads
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.learner.messages import Proved, StepRecord, TrainReport
@@ -21,6 +24,8 @@ from spin_ray.records import Span
 from spin_ray.terminal import Terminal
 from spin_ray.timeline import Timeline
 from spin_ray.tracking import Tracker
+
+WAITING_S = 60.0
 
 
 @dataclass
@@ -50,6 +55,14 @@ class Reporting:
         self._beginning = threading.Lock()
         self._last_metrics: dict[int, Mapping[str, float]] = {}
         """Iteration -> metrics of its newest step."""
+
+    def wait_for(self, answer: Future, threads: Threads, who: str, log: str) -> Any:
+        """The answer of a player that is starting; every minute the user hears that it is not there. Raises any thread's first error."""
+        begun = time.monotonic()
+        while not threads.settled(answer, timeout_s=WAITING_S):
+            free = ", ".join(f"{name} {ray.available_resources().get(name, 0):g}" for name in ("CPU", "GPU"))
+            self.terminal.say(f"still waiting for {who}, {time.monotonic() - begun:.0f} s by now (free: {free}); see {log}")
+        return threads.result(answer)
 
     def proved(self, proved: Proved) -> None:
         """The learner's part of the proof at the door, which completes it."""

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from spin_ray.background import Threads
+from spin_ray.background import Threads, in_background
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.errors import WeightsLost
@@ -122,7 +122,8 @@ class SelfPlay:
         opponent, probe = self._opponent, self._learner.post(self._opponent.probe())
         training = self._post_training(self._first)
         opponent.start()
-        self._audit(self._first, self._learner.result(probe))
+        probed = in_background(self._learner.result, probe)
+        self._audit(self._first, self._reporting.wait_for(probed, self._threads, "the main player", f"{self._run.logs}/learner-0.log"))
         self._reports.stands(self._first, group=0)
         opponent.evaluate_the_one_before(self._first)
         opponent.release(self._first, {})  # lines 3-5: theta_t answers every prompt

@@ -92,8 +92,13 @@ def _init_patiently(*args: Any, **options: Any) -> None:
                 ray.init(*args, **options)
             return
         except Exception as error:
-            if attempt == MAX_STARTS or "timed out during startup" not in str(error):
+            if "timed out during startup" not in str(error):
                 raise
+            if attempt == MAX_STARTS:
+                raise RunStopped(
+                    f"Ray did not come up in {MAX_STARTS} attempts: this machine is too busy, or its processes cannot reach each other; "
+                    "its logs are kept under the run's logs/ray; the same command goes on"
+                ) from error
             logging.getLogger(__name__).warning("start %d of %d: %s", attempt, MAX_STARTS, in_one_line(error))
 
 
@@ -141,6 +146,7 @@ def leave(code: int) -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # it cannot end sooner
         flush_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what Ray's own threads say of the processes that go is no news
         for process in psutil.Process().children(recursive=True):  # a cluster that was joined is nobody's child
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -8,6 +8,7 @@ from typing import Any
 from spin_ray.errors import BadInput
 from spin_ray.imports import without_gc
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 TEMPLATES = Path(__file__).parent / "templates"
 PROBE = "Hello there,  two spaces and\ttab\n\nnext line. ¿Qué? 你好 🙂 x = 3.14; def f(a):\n    return a\n"
 """Spaces, runs of them, newlines, a tab, other scripts, an emoji, code."""
@@ -29,6 +30,8 @@ def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str = "") 
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the class may be the model's own code, and the library raises a dozen unrelated types
         raise BadInput(f"{name}: no tokenizer can be loaded from there: {_first_line(error)}") from error
+    if Path(path).is_dir() and not any((Path(path) / file).exists() for file in {*TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}):
+        raise BadInput(f"{name}: no tokenizer in there ({', '.join(TOKENIZER_FILES)}); copy the files of the model's tokenizer into it")
     tokenizer, line = _as_its_file_says(tokenizer, path, name)
     _refuse_lossy(tokenizer, name)
     if chat_template:
@@ -36,9 +39,14 @@ def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str = "") 
     return tokenizer, line
 
 
+def shipped_templates() -> dict[str, Path]:
+    """Name -> file."""
+    return {file.stem: file for file in sorted(TEMPLATES.glob("*.jinja"))}
+
+
 def read_template(chosen: str) -> str:
     """The text of a chat template: of a file, or of a shipped one by its name. Raises BadInput if it is neither."""
-    shipped = {file.stem: file for file in sorted(TEMPLATES.glob("*.jinja"))}
+    shipped = shipped_templates()
     file = shipped.get(chosen, Path(chosen).expanduser())
     try:
         text = file.read_text(encoding="utf-8")

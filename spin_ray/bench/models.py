@@ -228,8 +228,8 @@ def _document(found: dict[str, Found]) -> str:
         "all gradients as transformers does: tiny random models, float32, several pairs in one row, exported and loaded again. The",
         "numbers are the largest difference of a token's log-prob in nats, and of a parameter's gradient, relative to it. All others",
         "are refused before anything starts. *sampler*: what `bench samplers` found on a CPU (new weights are taken up, log-probs",
-        "are transformers' own), or else only whether vLLM knows the class. *run*: whether `spin-ray run` can play with it; `sft`",
-        "needs no sampler.", "",
+        "are transformers' own), or else only whether vLLM knows the class, or would run transformers' own code for it. *run*: whether",
+        "`spin-ray run` can play with it; `sft` needs no sampler.", "",
         "| family | class | learner | log-probs | gradients | sampler | run |", "|---|---|---|---|---|---|---|", *rows, "",
         "## Refused", "", "| the model ... | families |", "|---|---|",
         *(f"| {why} | {', '.join(names)} |" for why, names in sorted(by_reason.items(), key=lambda item: -len(item[1]))), "",
@@ -243,8 +243,8 @@ def _row(name: str, found: Found, known: set[str], measured: dict[str, dict[str,
         worst = next((each for each in steps.values() if each != "exact"), "exact")
         sampler = "exact" if worst == "exact" and len(steps) == 3 else worst[:120]
     else:
-        sampler = "known to vLLM" if found.architecture in known else "unknown to vLLM"
-    run = {"exact": "yes", "known to vLLM": "the audit decides"}.get(sampler, "no; `sft` only")
+        sampler = "known to vLLM" if found.architecture in known else "through transformers"
+    run = {"exact": "yes", "known to vLLM": "the audit decides", "through transformers": "the audit decides"}.get(sampler, "no; `sft` only")
     return f"| {name} | {found.architecture} | exact | {found.max_nats:.0e} | {found.gradient:.0e} | {sampler} | {run} |"
 
 

@@ -54,7 +54,8 @@ def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:
         _refuse_missing(merged, layers)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise BadInput(f"{_one_line(error)}{_where(error, origin)}") from error
+        hint = "; a list is written key=[a,b]" if "ListConfig" in str(error) else ""
+        raise BadInput(f"{_one_line(error)}{_where(error, origin)}{hint}") from error
     check(config)
     return config, {key: origin.get(key, "default") for key in known}
 

@@ -104,6 +104,8 @@ def _readable(path: Path, ending: str) -> Iterator[None]:
         yield
     except BadInput:
         raise
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it, as with iconv -t UTF-8") from error
     except UNREADABLE as error:
         kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(ending, ending)
         raise BadInput(f"{path}: not a readable {kind} file: {_one_line(error)}") from error
@@ -204,7 +206,8 @@ def _loadable(source: str) -> Iterator[None]:
     except BadInput:
         raise
     except Exception as error:  # the library raises a dozen unrelated types for "cannot be had"
-        raise BadInput(f"{source}: neither a file here nor a data set that can be loaded: {_one_line(error)}") from error
+        without = "; where the hub cannot be reached, give files"
+        raise BadInput(f"{source}: neither a file here nor a data set that can be loaded: {_one_line(error)}{without}") from error
 
 
 def _split_of(splits: Any, split: str, source: Any) -> Any:

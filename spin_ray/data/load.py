@@ -102,6 +102,8 @@ def load_prompts(
         say(f"{loading.first_bad} (the first of {counts['dropped_bad'] + counts['dropped_bad_turns']} dropped rows)")
     if not len(loading):
         raise BadInput(f"{counted(source, counts)}; no usable row is left" + (f": {loading.first_bad}" if loading.first_bad else ""))
+    if limit and len(loading) > limit:
+        counts["past_the_limit"] = len(loading) - limit
     prompts = loading.prompts(np.random.default_rng(seed).permutation(len(loading))[: limit or None])
     counts["kept"] = len(prompts)
     return prompts, dict(counts) | dict(loading.notes)
@@ -182,7 +184,8 @@ class _Loading:
     def _drop_bad(self, where: str, errors: Sequence[ValueError], rule: str) -> None:
         what = f"{where}: {_printable(errors[0])}"
         if self._config.bad_rows == "refuse":
-            raise BadInput(f"{what}; data.bad_rows=drop counts and drops such rows") from errors[0]
+            of_every_row = any(sign in what for sign in ("none of the known columns", "data.ignore_columns"))
+            raise BadInput(what if of_every_row else f"{what}; data.bad_rows=drop counts and drops such rows") from errors[0]
         self.first_bad = self.first_bad or what
         self.counts[rule] += 1 if rule == "dropped_bad" else len(errors)
 

@@ -112,7 +112,9 @@ def _answer(question: str, given: Mapping[str, Any], row: Mapping[str, Any]) -> 
         raise ValueError(f"both {' and '.join(names)} hold an answer; name the one that is not to be trained on in data.ignore_columns")
     names += [name for name in ANSWERS[question] if row.get(name) is not None]
     if not names:
-        raise ValueError(f"no {' or '.join(ANSWERS[question])} beside {question}" + (_NOT_THE_ANSWER if "answer" in given else ""))
+        others = [str(name) for name in given if name != question]
+        there = f"; this row has {', '.join(others)}" if others else ""
+        raise ValueError(f"no {' or '.join(ANSWERS[question])} beside {question}{there}" + (_NOT_THE_ANSWER if "answer" in given else ""))
     return names[0]
 
 
@@ -123,6 +125,8 @@ _NOT_THE_ANSWER = "; answer is what a reply is checked against, not what is trai
 def _unknown(given: Mapping[str, Any]) -> str:
     known = "messages, real, conversations, prompt + response, instruction + output, question + answer, chosen"
     hint = "; of plain text nobody can tell where the prompt ends" if "text" in given else ""
+    if capitals := [name for name in map(str, given) if name != name.lower().strip() and name.lower().strip() in KNOWN]:
+        hint = f"; names are in lower case and without blanks: rename {capitals[0]} to {capitals[0].lower().strip()}"
     return f"none of the known columns ({known}); this row has {', '.join(map(str, given)) or 'none'}{hint}"
 
 

@@ -43,15 +43,20 @@ def json_file(file: io.BufferedReader, path: Path) -> Rows:
     try:
         row = json.loads(first)
     except (ValueError, RecursionError) as error:
-        _parse(b"".join([*begin, file.read()]), str(path))  # if that is right, it is one object over several lines
-        raise BadInput(f"{path}: {_WHAT_JSON_HOLDS}") from error
+        whole = _parse(b"".join([*begin, file.read()]), str(path))  # if that is right, it is one object over several lines
+        raise BadInput(f"{path}: {_WHAT_JSON_HOLDS}{_wrapped(whole)}") from error
     if not more and not KNOWN & row.keys():
-        raise BadInput(f"{path}: {_WHAT_JSON_HOLDS}")
+        raise BadInput(f"{path}: {_WHAT_JSON_HOLDS}{_wrapped(row)}")
     yield from json_lines(itertools.chain(begin, file), path)
 
 
 def _is_written(line: bytes) -> bool:
     return bool(line.strip())
+
+
+def _wrapped(value: Any) -> str:
+    lists = [str(name) for name, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
+    return f"; this one is an object, with a list under {' and '.join(lists)}: save that list alone" if lists else ""
 
 
 _WHAT_JSON_HOLDS = "a .json data file must hold one list of rows, or one row per line"
@@ -63,8 +68,7 @@ def _list_of_rows(content: bytes, path: Path) -> Rows:
         text = content.decode(json.detect_encoding(content))
         place = _space(text, 0)
         if not text.startswith("[", place):
-            _DECODER.decode(text)
-            raise BadInput(f"{path}: {_WHAT_JSON_HOLDS}")
+            raise BadInput(f"{path}: {_WHAT_JSON_HOLDS}{_wrapped(_DECODER.decode(text))}")
     del content
     place = _space(text, place + 1)
     for number in itertools.count():
@@ -109,7 +113,12 @@ def _valid_json(where: str) -> Iterator[None]:
         yield
     except BadInput:
         raise
-    except (ValueError, RecursionError) as error:  # of the first kind: JSON's errors, Unicode's, a number of 5,000 digits
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert it, as with iconv -t UTF-8") from error
+    except json.JSONDecodeError as error:
+        place = f"character {error.pos + 1}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
+        raise BadInput(f"{where}: not valid JSON: {error.msg} at {place}") from error
+    except (ValueError, RecursionError) as error:  # a key that is there twice, a number of 5,000 digits
         raise BadInput(f"{where}: not valid JSON: {error}") from error
 
 
@@ -121,6 +130,9 @@ def tab_separated(file: IO[bytes], path: Path) -> Rows:
     return _table(file, path, "\t")
 
 
+_SEPARATORS = {",": "commas", "\t": "tabs"}
+
+
 def _table(file: IO[bytes], path: Path, delimiter: str) -> Rows:
     """Rows of text under a header; an empty cell is empty text, and nothing is taken for a number or for missing."""
     csv.field_size_limit(LONGEST_CELL)
@@ -129,6 +141,8 @@ def _table(file: IO[bytes], path: Path, delimiter: str) -> Rows:
         header: list[str] = next(records, [])
         if len(set(header)) < len(header):
             raise BadInput(f"{path} line 1: two columns have the same name; the header is {', '.join(header)}")
+        if len(header) == 1 and any(sign in header[0] for sign in {";", "\t", "|", ","} - {delimiter}):
+            raise BadInput(f"{path} line 1: one column named {header[0]!r}; cells of such a file are separated by {_SEPARATORS[delimiter]}")
         line = records.line_num + 1
         while (cells := _next_record(records, line, path)) is not None:
             if cells and len(cells) != len(header):

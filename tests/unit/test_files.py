@@ -118,7 +118,7 @@ def test_every_cell_of_a_table_stays_text(tmp_path, delimiter, ending):
     ("a.csv", b"prompt,prompt\nHi,Hello\n", "a.csv line 1: two columns have the same name"),
     ("a.csv", b'prompt,response\nHi,"Hello\n', "a.csv line 2: unexpected end of data"),
     ("a.csv", b'prompt,response\nHi,"Hello"you\n', "a.csv line 2: ',' expected after '\"'"),
-    ("a.csv", "prompt,response\nHi,Grüße\n".encode("latin-1"), "a.csv: not a readable .csv file: 'utf-8' codec can't decode byte"),
+    ("a.csv", "prompt,response\nHi,Grüße\n".encode("latin-1"), "a.csv: not UTF-8 (invalid start byte"),
     ("a.jsonl", b'{"prompt": "Hi", "response": "Hello"}\nHello\n', "a.jsonl line 2: not valid JSON"),
     ("a.json", b'{"prompt": "Hi", "response": "Hello"}\n[]\n', "a.json line 2: expected an object, found list"),
     ("a.json", b'{\n"data": []\n}', "a.json: a .json data file must hold one list of rows, or one row per line"),

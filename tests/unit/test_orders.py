@@ -91,6 +91,8 @@ class Messages:
         async with self._changed:
             self.done.append(name)
             self._changed.notify_all()
+        with self._seen:
+            self._seen.notify_all()
 
     def let_all_go(self):
         self._order.clear()
@@ -648,11 +650,13 @@ def test_ctrl_c_ends_every_wait_at_once_and_the_next_session_ends_the_run(start,
 
 def test_one_ctrl_c_at_the_border_leaves_theta_1_durable(start):
     """Also where the workers, who are ahead in iteration 1, have ended for it before the driver has loaded theta_1."""
-    run = start(*ALL_AHEAD, hold=["hear weights 1"], order=["fail", "load theta_1"], here=True)
+    run = start(*ALL_AHEAD, hold=["hear weights 1", "step 1.2"], order=["fail", "load theta_1"], here=True)
     run.go_beside()
     run.messages.wait_until_sent("hear weights 1")
+    run.messages.wait_until_sent("step 1.2")
     run.interrupts.requested = True
-    run.messages.wait_until_sent("interrupt")
+    assert run.messages.wait(lambda: "interrupt" in run.messages.done, PATIENCE_S)
+    run.messages.let_go("step 1.2")
     run.messages.let_go("hear weights 1")
     with pytest.raises(Interrupted, match="of iteration 1; the same command goes on"):
         run.result()

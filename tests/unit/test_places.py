@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from spin_ray import places
 from spin_ray.__main__ import main
 from spin_ray.address import check_ray_address
 from spin_ray.errors import BadInput
@@ -177,14 +178,17 @@ def test_wandb_online_without_a_key_is_refused_before_anything_starts(tmp_path, 
         assert not (tmp_path / "runs").exists()
 
 
-def test_a_build_lock_that_a_killed_process_left_is_removed(tmp_path, monkeypatch):
-    from spin_ray.places import BUILD_LOCK_S, drop_left_build_locks
-
+def test_a_build_lock_that_a_killed_process_left_is_removed_and_one_that_is_used_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    old, new = tmp_path / "one" / "lock", tmp_path / "two" / "lock"
-    for lock in (old, new):
+    left, new, used = (tmp_path / name / "lock" for name in ("left", "new", "used"))
+    for lock in (left, new, used):
         lock.parent.mkdir()
         lock.touch()
-    os.utime(old, (0, time.time() - BUILD_LOCK_S - 1))
-    drop_left_build_locks()
-    assert not old.exists() and new.exists()
+    os.utime(left, (0, time.time() - 31))
+    os.utime(new, (0, time.time() - 29))
+    os.utime(used, (0, time.time() - 1000))
+    builder = subprocess.Popen(["sleep", "2"], cwd=used.parent)
+    threading.Thread(target=builder.wait).start()  # a process that nobody waits for keeps its entry
+    began = time.monotonic()
+    places.drop_left_build_locks()
+    assert not (left.exists() or new.exists() or used.exists()) and 1 < time.monotonic() - began < 20

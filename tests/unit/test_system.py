@@ -64,7 +64,7 @@ def test_a_ray_that_does_not_come_up_in_time_is_started_again(monkeypatch, late,
             raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(Exception, match="timed out during startup") if late == 3 else nullcontext():
+    with pytest.raises(RunStopped, match="Ray did not come up in 3 attempts") if late == 3 else nullcontext():
         system._init_patiently("local")
     for process in seen[:late]:
         assert process.wait(timeout=10)
