@@ -42,6 +42,8 @@ def _train(config: Config, run: RunDir, terminal: Terminal) -> None:
     facts, proof = inspect_model(config), Proof()
     proof.end(config, facts, terminal.say)
     proof.tokens(config.data.train, config.data.split, config, facts.chat)
+    if config.data.eval:
+        terminal.say(f"data.eval={config.data.eval} is not read by sft; `spin-ray eval` measures a model on it")
     prompts, _ = load_train(config, facts.chat, terminal.say, terminal.status)
     longest_sequence(prompts, 0, facts)
     with ray_cluster(config, samplers=False) as hardware:

@@ -227,7 +227,8 @@ def test_sft_then_eval(tmp_path):
     assert len(nll) == 4
     judged = spin_ray("eval", "conf/demo.yaml", *common, "run.name=eval", f"model.path={tmp_path}/sft/model")
     assert judged.returncode == 0, judged.stderr[-3000:]
-    found = json.loads(judged.stdout.splitlines()[-1])
+    found = json.loads(judged.stdout)  # nothing else stands there
+    assert judged.stderr.startswith("the proof at the door holds (") and judged.stderr.count("\n") == 1
     assert found["num_prompts"] == 16 and 0 < found["real_nll_nats_per_token"] < 3
 
 
