@@ -103,7 +103,7 @@ def load_prompts(
     if not len(loading):
         raise BadInput(f"{counted(source, counts)}; no usable row is left" + (f": {loading.first_bad}" if loading.first_bad else ""))
     if limit and len(loading) > limit:
-        counts["past_the_limit"] = len(loading) - limit
+        counts["left_out_by_limit"] = len(loading) - limit
     prompts = loading.prompts(np.random.default_rng(seed).permutation(len(loading))[: limit or None])
     counts["kept"] = len(prompts)
     return prompts, dict(counts) | dict(loading.notes)

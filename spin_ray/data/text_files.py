@@ -117,7 +117,7 @@ def _valid_json(where: str) -> Iterator[None]:
         raise BadInput(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert it, as with iconv -t UTF-8") from error
     except json.JSONDecodeError as error:
         place = f"character {error.pos + 1}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
-        raise BadInput(f"{where}: not valid JSON: {error.msg} at {place}") from error
+        raise BadInput(f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at {place}") from error
     except (ValueError, RecursionError) as error:  # a key that is there twice, a number of 5,000 digits
         raise BadInput(f"{where}: not valid JSON: {error}") from error
 

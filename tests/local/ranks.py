@@ -124,4 +124,8 @@ if __name__ == "__main__":
         into.mkdir(exist_ok=True)
         for stage in sys.argv[4:]:
             main(str(model), into, stage, sys.argv[3])
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's end, with the libraries' threads still there, once was an abort on a busy machine: that is not tested

@@ -70,6 +70,7 @@ def test_origins(minimal):
     ("sampler.gpu_memory_utilization=3", "must be in (0, 1]"),
     ("beta", "form key=value"),
     ("=3", "form key=value"),
+    ("data.ignore_columns=notes", "a list is written key=[a,b]"),
     ("run.name=[a", "command line: run.name=[a: not a value in YAML"),
     ("run.name=\udcff", "command line: run.name=\\udcff: not a value in YAML"),
 ])

@@ -316,6 +316,12 @@ def test_what_was_passed_over_is_in_the_count_line(tmp_path, chat):
     )
 
 
+def test_rows_past_a_limit_are_counted(tmp_path, chat):
+    path = jsonl(tmp_path, *({"prompt": f"Hi {k}", "response": "Hello"} for k in range(5)))
+    prompts, counts = load(path, chat, limit=2)
+    assert len(prompts) == 2 and counted("my.jsonl", counts) == "my.jsonl: rows 5, kept 2, duplicates 0, left out by limit 3"
+
+
 BAD_TURN = {"messages": [USER, ASSISTANT, USER, {"role": "assistant", "content": " "}, USER, {"role": "assistant", "content": "a<|end|>b"}, USER, {"role": "assistant", "content": "Bye"}]}
 
 

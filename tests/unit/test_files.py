@@ -139,6 +139,11 @@ def test_every_cell_of_a_table_stays_text(tmp_path, delimiter, ending):
     ("a.parquet.gz", b"", "a.parquet.gz: unknown kind of data file; what is read: .jsonl, .ndjson"),
     ("a.txt", b"Hi", "a.txt: unknown kind of data file; what is read: .jsonl, .ndjson"),
     ("a.zip", b"Hi", "a.zip: unknown kind of data file"),
+    ("a.csv", b"prompt;response\na;b\n", "a.csv line 1: one column named 'prompt;response'; cells of such a file are separated by commas"),
+    ("a.tsv", b"prompt,response\na,b\n", "a.tsv line 1: one column named 'prompt,response'; cells of such a file are separated by tabs"),
+    ("a.json", b'{"data": [{"prompt": "a"}]}', "a.json: a .json data file must hold one list of rows, or one row per line; this one is an object, with a list under data"),
+    ("a.jsonl", b'{"prompt": "a", "response": "b\n', "a.jsonl line 1: not valid JSON: Invalid control character at character 31"),
+    ("a.jsonl", '{"prompt": "ü"}\n'.encode("latin-1"), "a.jsonl line 1: not UTF-8 (invalid start byte at byte 12); convert it"),
     ("a.jsonl", b'{"prompt": "a", "prompt": "b", "response": "c"}\n', "a.jsonl line 1: not valid JSON: an object has the key prompt twice"),
     ("a.json", b'[{"prompt": "a", "response": "b", "response": "c"}]', "a.json: not valid JSON: an object has the key response twice"),
 ])

@@ -144,6 +144,8 @@ def test_a_row_becomes_these_messages(row, messages):
     ({"conversations": {"from": ["human", "gpt"], "value": ["Hi"]}}, "conversations must be a list of messages"),
     ({"conversations": {"from": ["human"], "value": "Hi"}}, "conversations must be a list of messages; value in it is no list"),
     ({"conversations": [{"from": "bing", "value": "Hi"}]}, "unknown speaker 'bing'; known are system, developer, user, human"),
+    ({"Instruction": "Hi", "Output": "Hello"}, "names are in lower case and without blanks: rename Instruction to instruction"),
+    ({"query": "Hi", "reply": "Hello"}, "no response or answer or chosen beside query; this row has reply"),
     ({"prompt": "Hi", "response": "Hello", "picture_url": "x"}, "column picture_url is neither"),
     ({"prompt": "Hi", "response": "Hello", "a\nb": "x"}, r"column 'a\nb' is neither"),
     ({"prompt": "Hi", "response": "Hello", "system": 3}, "system must be text, found int"),

@@ -42,6 +42,17 @@ def inspect(folder: Path, **model):
     return inspect_model(Config(model=ModelConfig(path=str(folder), **model), data=DataConfig(train="demo:train")))
 
 
+def test_folders_that_hold_no_whole_model_are_named(tmp_path):
+    folder = save(tmp_path, "byte level")
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(BadInput, match=r"no tokenizer in there \(tokenizer\.json, tokenizer\.model, tokenizer_config\.json\); copy|no tokenizer can be loaded"):
+        inspect(folder)
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    with pytest.raises(BadInput, match=r"an adapter without its base; merge it into that first \(peft's merge_and_unload\), and save that"):
+        inspect(folder)
+
+
 @pytest.mark.parametrize("named", ["LlamaTokenizerFast", "LlamaTokenizer"])
 def test_t1_what_tokenizer_json_says_is_loaded(tmp_path, named):
     folder = save(tmp_path, "byte level", tokenizer_class=named)
