@@ -55,6 +55,11 @@ class Threads:
         for tell in self._tell:
             tell(error)
 
+    def original(self, error: BaseException) -> BaseException:
+        """The first error, if this one is only its copy that came back from another process, without its traceback."""
+        first = self._failed.exception() if self._failed.done() else None
+        return first if first and (type(first), str(first)) == (type(error), str(error)) else error
+
     def result(self, future: Future) -> Any:
         """The result of a future, of a remote answer too; raises the first error of any thread as soon as there is one."""
         wait([future, self._failed], return_when=FIRST_COMPLETED)

@@ -112,6 +112,8 @@ class SelfPlay:
             self._learner.when_failed(self._end_with_the_learner)
             self._iterations()
             self._threads.finish()
+        except Exception as error:
+            raise self._threads.original(error) from None
         finally:
             with suppress(ray.exceptions.RayError):  # a pool that has died must not hide why the run ends
                 self._reporting.spans(self._opponent.spans())

@@ -188,7 +188,9 @@ class _TellCoordinator(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank = min(worker_exceptions, key=lambda rank: (not _died(worker_exceptions[rank]), rank))
-        cause = f"rank {rank}: {in_one_line(worker_exceptions[rank])}; see {self._log_dir}/learner-{rank}.log"
+        error = worker_exceptions[rank]
+        what = in_one_line(error) if _died(error) else f"{type(error).__name__}: {in_one_line(error)}"
+        cause = f"rank {rank}: {what}; see {self._log_dir}/learner-{rank}.log"
         ray.get(self._coordinator.group_ended.remote(cause))
 
 
