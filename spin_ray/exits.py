@@ -56,11 +56,16 @@ def _open_missing_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            if nowhere != number:
-                os.dup2(nowhere, number)
-                os.close(nowhere)
+            lead_nowhere(number)
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (it stays open as long as we live)
+
+
+def lead_nowhere(number: int) -> None:
+    """Let a file descriptor, open or not, take and give nothing."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 def flush_output() -> None:
@@ -180,6 +185,4 @@ def _nobody_reads() -> bool:
 
 def _let_output_vanish() -> None:
     """What is still in the buffer must not fail again at the interpreter's end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
+    lead_nowhere(1)

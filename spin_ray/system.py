@@ -19,7 +19,7 @@ import torch
 from spin_ray.address import check_ray_address
 from spin_ray.config import Config
 from spin_ray.errors import BadInput, RunStopped, in_one_line
-from spin_ray.exits import flush_output
+from spin_ray.exits import flush_output, lead_nowhere
 from spin_ray.placement import Hardware, choose_hardware, learner_goes_first
 from spin_ray.places import remove_short_folder, short_folder, spill_folder
 
@@ -146,7 +146,7 @@ def leave(code: int) -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # it cannot end sooner
         flush_output()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what Ray's own threads say of the processes that go is no news
+        lead_nowhere(2)  # what Ray's own threads say of the processes that go is no news
         for process in psutil.Process().children(recursive=True):  # a cluster that was joined is nobody's child
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -32,7 +32,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from spin_ray.data.arrow_files import arrow, parquet, without_none
-from spin_ray.data.text_files import Rows, comma_separated, json_file, json_lines, tab_separated
+from spin_ray.data.text_files import Rows, comma_separated, json_file, json_lines, not_utf8, tab_separated
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 
@@ -105,7 +105,7 @@ def _readable(path: Path, ending: str) -> Iterator[None]:
     except BadInput:
         raise
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it, as with iconv -t UTF-8") from error
+        raise not_utf8(str(path), error) from error
     except UNREADABLE as error:
         kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(ending, ending)
         raise BadInput(f"{path}: not a readable {kind} file: {_one_line(error)}") from error

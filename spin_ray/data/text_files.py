@@ -114,12 +114,16 @@ def _valid_json(where: str) -> Iterator[None]:
     except BadInput:
         raise
     except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert it, as with iconv -t UTF-8") from error
+        raise not_utf8(where, error) from error
     except json.JSONDecodeError as error:
         place = f"character {error.pos + 1}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
         raise BadInput(f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at {place}") from error
     except (ValueError, RecursionError) as error:  # a key that is there twice, a number of 5,000 digits
         raise BadInput(f"{where}: not valid JSON: {error}") from error
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> BadInput:
+    return BadInput(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert it, as with iconv -t UTF-8")
 
 
 def comma_separated(file: IO[bytes], path: Path) -> Rows:
