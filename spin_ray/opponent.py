@@ -38,7 +38,7 @@ from spin_ray.placement import Hardware
 from spin_ray.records import Prompt, PublishedWeights, Span, Version, real_only
 from spin_ray.reporting import Reporting
 from spin_ray.sampler.pool import AUDIT, sampling_settings
-from spin_ray.system import let_learner_go_first
+from spin_ray.system import Neighbours, let_learner_go_first
 
 
 class Opponent:
@@ -65,6 +65,7 @@ class Opponent:
         """Trainings that were rolled back, and their snapshots with them."""
         self._taking = threading.Lock()
         """A snapshot is taken before a rollback or after it."""
+        self._neighbours = Neighbours()
 
     def start(self) -> None:
         """Start the play of all iterations: its pipeline starts up while the engines do. Returns when a sampler is up."""
@@ -123,7 +124,7 @@ class Opponent:
     def release(self, version: int, trained: dict[str, Any]) -> None:
         """theta_version may play, and be evaluated in what time the play leaves; `trained` goes into its row of the table."""
         self._open(Version(version))
-        if self._hardware.learner_first:
+        if self._hardware.learner_first and not self._neighbours.crowd():
             let_learner_go_first()  # every time: processes come and go
         self._evaluations.start(version, trained)
         if early := self._overlap.snapshot(version):

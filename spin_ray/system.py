@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,7 +76,8 @@ def _started(config: Config, *, samplers: bool, learner: bool) -> Iterator[bool]
                 "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False,
                 log_to_driver=False, configure_logging=False, _temp_dir=str(folder), object_spilling_directory=spill_folder(folder),
                 # Play tasks come in bursts, one per iteration: keep their processes instead of starting new ones each time.
-                _system_config={"idle_worker_killing_time_threshold_ms": 3_600_000, **({"worker_niceness": 0} if learner_first else {})},
+                # At the niceness that Ray gives them, two busy processes of somebody else would leave them a thirtieth of a core.
+                _system_config={"idle_worker_killing_time_threshold_ms": 3_600_000, "worker_niceness": 0},
             )
             yield learner_first
         except Exception as error:
@@ -119,6 +121,28 @@ def _all_or_nothing() -> Iterator[None]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
         raise
+
+
+class Neighbours:
+    """What processes other than this one and its own have computed on this machine since this was made."""
+
+    def __init__(self) -> None:
+        self._begun = self._seconds()
+
+    def crowd(self) -> bool:
+        """Whether they take half a core or more, and nothing is left over: whoever steps back here would not come to compute at all."""
+        elapsed, busy, own = (now - then for now, then in zip(self._seconds(), self._begun, strict=True))
+        cores = psutil.cpu_count()
+        return busy - own > 0.5 * elapsed and busy > (cores - 0.5) * elapsed
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """Elapsed, and computed by all processes and by ours; what a process has waited for counts as its own."""
+        machine, own = psutil.cpu_times(), 0.0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            with suppress(psutil.Error):  # it has ended
+                own += sum(process.cpu_times()[:4])
+        return time.monotonic(), machine.user + machine.nice + machine.system, own
 
 
 def let_learner_go_first() -> None:

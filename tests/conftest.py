@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("RAY_worker_niceness", "0")  # as in a run: a test must also end on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,14 @@
 """What the user is told when the distributed parts fail, and what they are started with."""
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
+import time
 from contextlib import nullcontext
 
+import psutil
 import pytest
 import ray
 import ray.train
@@ -14,7 +18,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from spin_ray import system
 from spin_ray.errors import BadInput, EngineFailed, RunStopped
 from spin_ray.learner.group import _Trainer
-from spin_ray.system import RAYS_NICENESS, first_error, let_learner_go_first
+from spin_ray.system import RAYS_NICENESS, Neighbours, first_error, let_learner_go_first
 
 
 def wrapped(error):
@@ -52,6 +56,20 @@ def test_all_actors_but_the_learner_s_workers_step_back():
             process.wait()
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert niceness == [own, RAYS_NICENESS, own, own]
+
+
+def test_busy_processes_of_others_are_a_crowd_and_our_own_are_none():
+    busy = [sys.executable, "-c", "import time; until = time.monotonic() + 4\nwhile time.monotonic() < until: pass"]
+    count = psutil.cpu_count()
+    neighbours = Neighbours()
+    ours = [subprocess.Popen(busy) for _ in range(count)]
+    for process in ours:
+        process.wait()
+    assert not neighbours.crowd() or os.getloadavg()[0] > count + 2  # this machine may have a crowd of its own
+    neighbours = Neighbours()
+    subprocess.run(["sh", "-c", " ".join(f"{shlex.join(busy)} &" for _ in range(count))], check=True)  # their parent is gone: nobody's
+    time.sleep(3)
+    assert neighbours.crowd()
 
 
 @pytest.mark.parametrize("late, starts", [(0, 1), (1, 2), (2, 3), (3, 3)])
