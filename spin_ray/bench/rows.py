@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,25 +44,23 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(path: Path, folder: Path) -> int:
     """What the driver of a run does before it starts anything: the peak is read before this process ends."""
     from spin_ray.config import load_config
+    from spin_ray.learner.meters import peak_resident_gib
     from spin_ray.manifest import RunDir
     from spin_ray.model import inspect_model
-    from spin_ray.selfplay import prepare
+    from spin_ray.preflight import Proof
+    from spin_ray.prepared import prepare
     from spin_ray.terminal import Terminal
 
     config, _ = load_config("conf/demo.yaml", [f"data.train={path}", "data.eval=", "data.max_prompts=0", f"run.dir={folder}"])
-    facts, before = inspect_model(config), _peak_gib()
+    facts, before = inspect_model(config), peak_resident_gib()
     begun = time.monotonic()
-    prepared = prepare(config, RunDir.open(config, "run"), facts, Terminal(sys.stderr))
+    prepared = prepare(config, RunDir.open(config, "run"), facts, Proof(), Terminal(sys.stderr))
     tokens = sum(len(prompt.prompt_ids) + len(prompt.real_ids) for prompt in prepared.train)
     print(json.dumps({
-        "seconds": time.monotonic() - begun, "peak_gib": _peak_gib(), "imports_gib": before,
+        "seconds": time.monotonic() - begun, "peak_gib": peak_resident_gib(), "imports_gib": before,
         "prompts": len(prepared.train), "blocks": len(prepared.block_sizes), "tokens": tokens,
     }))
     return 0
-
-
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _rows(number: int) -> Iterator[dict[str, str]]:

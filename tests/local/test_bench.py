@@ -35,3 +35,13 @@ def test_slope_nothing_is_kept_from_iteration_to_iteration():
     assert slopes.keys() >= {"driver", "Coordinator", "SamplerPool", "RayTrainWorker", "object store"}
     assert max(value for name, value in slopes.items() if name != "object store") < 8, slopes
     assert min(store[-3:]) < 4 * 40, store  # an iteration's end meets one to four versions on their way; all eight would stay
+
+
+def test_rows_prepares_every_format():
+    done = subprocess.run(
+        [sys.executable, "-m", "spin_ray", "bench", "rows", "--rows", "700", "--formats", "csv"],
+        cwd=ROOT, capture_output=True, text=True, timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["csv"]["prompts"] == 700 and result["csv"]["blocks"] == 11 and result["csv"]["peak_gib"] >= result["csv"]["imports_gib"] > 0.1
