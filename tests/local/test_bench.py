@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_scale_runs_the_real_loop_with_simulated_players():
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
@@ -22,6 +25,7 @@ def test_scale_runs_the_real_loop_with_simulated_players():
     assert case["ideal_s"] == round(0.3 * (4.32 + 8.64), 2) <= case["measured_s"] and result["overhead_share"] == round(1 - case["efficiency"], 4)
 
 
+@pytest.mark.slow
 def test_slope_nothing_is_kept_from_iteration_to_iteration():
     """With 40 MiB of weights per version: a version that stays would be seen."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

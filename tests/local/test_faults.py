@@ -162,6 +162,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_all_that_is_replaced_dies_and_the_run_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
     run = undisturbed.parent / "disturbed"
     (tmp_path / "dies.py").write_text(WORKER_DIES_AT_THE_FIRST_SYNC)
@@ -253,6 +254,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_interrupted_after_every_stage_a_run_ends_with_the_same_bits(undisturbed, tmp_path):
     """One replica, one worker, greedy, float32: nothing that an interruption changes may change a result."""
     run = undisturbed.parent / "often"

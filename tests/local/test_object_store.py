@@ -10,6 +10,7 @@ from io import BytesIO
 
 import psutil
 import pyarrow.parquet as pq
+import pytest
 from pyarrow.fs import FileSelector, FileSystem
 from test_run import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +30,7 @@ def start(url, scratch) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_from_the_store_alone(object_store, tmp_path):
     url = object_store % uuid.uuid4().hex
     store, base = FileSystem.from_uri(url)

@@ -76,6 +76,7 @@ def folders_of_sockets() -> set[Path]:
     return set(Path("/tmp").glob("spin-*-*"))
 
 
+@pytest.mark.slow
 def test_a_long_tmpdir_a_home_that_cannot_be_written_and_a_proxy(tmp_path):
     long = tmp_path / ("long" * 25)
     long.mkdir()
