@@ -58,18 +58,34 @@ def test_all_actors_but_the_learner_s_workers_step_back():
     assert niceness == [own, RAYS_NICENESS, own, own]
 
 
-def test_busy_processes_of_others_are_a_crowd_and_our_own_are_none():
-    busy = [sys.executable, "-c", "import time; until = time.monotonic() + 4\nwhile time.monotonic() < until: pass"]
-    count = psutil.cpu_count()
-    neighbours = Neighbours()
-    ours = [subprocess.Popen(busy) for _ in range(count)]
-    for process in ours:
-        process.wait()
-    assert not neighbours.crowd() or os.getloadavg()[0] > count + 2  # this machine may have a crowd of its own
-    neighbours = Neighbours()
-    subprocess.run(["sh", "-c", " ".join(f"{shlex.join(busy)} &" for _ in range(count))], check=True)  # their parent is gone: nobody's
-    time.sleep(3)
-    assert neighbours.crowd()
+@pytest.mark.parametrize("busy, own, crowd", [
+    (20.0, 20.0, False),  # both cores, and all of it ours
+    (20.0, 14.0, True), (20.0, 0.5, True),
+    (14.0, 8.0, False),  # others compute, and there is room for them
+    (20.0, 16.0, False),  # less than half a core
+])
+def test_others_are_a_crowd_where_they_compute_and_nothing_is_left_over(monkeypatch, busy, own, crowd):
+    seconds = iter([(100.0, 7.0, 3.0), (110.0, 7.0 + busy, 3.0 + own)])
+    monkeypatch.setattr(Neighbours, "_seconds", staticmethod(lambda: next(seconds)))
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
+    assert Neighbours().crowd() == crowd
+
+
+def test_what_our_processes_compute_is_ours_and_an_orphan_s_is_not(tmp_path):
+    busy = [sys.executable, "-c", "import time\nwhile time.process_time() < 1.5: pass"]
+    _, machine, own = Neighbours._seconds()
+    subprocess.run(busy, check=True)
+    subprocess.run([sys.executable, "-c", f"import subprocess; subprocess.run({busy!r}, check=True)"], check=True)
+    _, now, ours = Neighbours._seconds()
+    assert 2.9 < ours - own < 6 and now - machine > ours - own - 0.5
+    done = tmp_path / "done"
+    subprocess.run(["sh", "-c", f"({shlex.join(busy)}; touch {done}) &"], check=True)  # its parent is gone: nobody's
+    until = time.monotonic() + 60
+    while not done.exists():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    _, later, still = Neighbours._seconds()
+    assert still - ours < 1 and later - now > 1.2
 
 
 @pytest.mark.parametrize("late, starts", [(0, 1), (1, 2), (2, 3), (3, 3)])
