@@ -301,8 +301,8 @@ class Worker:
 
     def _log(self, record: Any) -> None:
         if self._player.rank == 0:
-            logged, self._logged = self._logged, [self._coordinator.log.remote(record)]
-            self._interrupted |= any(ray.get(logged))  # the last record's answer: it has long arrived, so that no step waits for it
+            self._interrupted |= any(ray.get(self._logged))  # has long arrived; sent before it, the next one could overtake the last
+            self._logged = [self._coordinator.log.remote(record)]
 
     def _log_span(self, activity: str, begin: float, end: float) -> None:
         self._log(Span("main player", activity, self._iteration, begin, end))

@@ -242,6 +242,22 @@ def test_a_rolled_back_group_ends_and_is_no_death():
     run_async(scenario)
 
 
+def test_no_record_is_sent_before_the_last_one_has_arrived(monkeypatch):
+    """Ray may carry out two calls of one caller to an async actor in either order: the driver heard of step 2 before step 1."""
+    seen = []
+
+    def arrives(references):
+        seen.extend(f"{reference} arrived" for reference in references)
+        return [False for _ in references]
+
+    monkeypatch.setattr("spin_ray.learner.loop.ray.get", arrives)
+    log = SimpleNamespace(remote=lambda record: seen.append(f"{record} sent") or record)
+    worker = Worker(SimpleNamespace(rank=0), SimpleNamespace(coordinator=SimpleNamespace(log=log)), Joined(BASE, 1, 0))
+    for record in "abc":
+        worker._log(record)
+    assert seen == ["a sent", "a arrived", "b sent", "b arrived", "c sent"]
+
+
 class RecordingPlayer:
     """The verbs that training needs; its numbers go bad at a learning rate of 1."""
 
