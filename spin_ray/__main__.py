@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("config", help="YAML file, for example conf/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's, such as spin.beta=0.1")
         command.set_defaults(function=function)
+    tune = commands.add_parser("tune", help=TUNE, description=TUNE)
+    tune.add_argument("config", help="YAML file, as for run")
+    tune.add_argument("search", help="YAML file of what to try, for example conf/search/lr_beta.yaml")
+    tune.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every trial, such as spin.num_iterations=2")
     bench = commands.add_parser("bench", help="Measure; the last line is one JSON object.", description="\n".join(_bench_lines()),
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     bench.add_argument("name", choices=BENCHES, metavar="name")
@@ -47,7 +51,12 @@ def _work(args: argparse.Namespace) -> int:
             check_ray_address(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
     if args.command == "bench":
         return importlib.import_module(f"spin_ray.bench.{args.name}").main(args.options)
-    config, origin = load_config(args.config, args.overrides)
+    if args.command == "tune":
+        from spin_ray.study.tune import tune
+
+        tune(args.config, args.search, args.overrides)
+        return 0
+    config, origin = load_config(args.config, [*args.overrides, *METHODS.get(args.command, ())])
     args.function(config, origin)
     sys.stdout.flush()  # an error comes here, not at the interpreter's end
     return 0
@@ -63,17 +72,9 @@ def _check_surroundings(config: Config) -> None:
 def _run(config: Config, origin: dict[str, str]) -> None:
     _check_surroundings(config)
     with without_gc():
-        from spin_ray.selfplay import run_spin
+        from spin_ray.selfplay import run_method
 
-    run_spin(config)
-
-
-def _sft(config: Config, origin: dict[str, str]) -> None:
-    _check_surroundings(config)
-    with without_gc():
-        from spin_ray.sft import run_sft
-
-    run_sft(config)
+    run_method(config)
 
 
 def _eval(config: Config, origin: dict[str, str]) -> None:
@@ -92,11 +93,15 @@ def _config(config: Config, origin: dict[str, str]) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[Config, dict[str, str]], None], str]] = {
-    "run": (_run, "Play SPIN: all iterations, or what is left of them."),
-    "sft": (_sft, "Supervised fine-tuning of a base model on the same data: what SPIN starts from."),
+    "run": (_run, "Train by the config's method, SPIN if it names none: all iterations, or what is left of them."),
+    "sft": (_run, "Supervised fine-tuning of a base model on the same data, what SPIN starts from: run with method=sft."),
     "eval": (_eval, "Evaluate the model of the config on its held-out data."),
     "config": (_config, "Print the resolved config and where each value came from."),
 }
+
+TUNE = "Search over keys of the config, such as learning rate and beta: every trial is a run of its own; the same command goes on."
+METHODS = {"sft": ("method=sft",)}
+"""What a command adds to the command line."""
 
 BENCHES = {
     "learner": "the learner's step beside TRL's DPOTrainer and a naive loop: speed, memory, loss",

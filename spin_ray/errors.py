@@ -9,6 +9,10 @@ class RunStopped(RuntimeError):
     """One of the run's own checks stopped it; the message has the numbers. Exit code 1."""
 
 
+class Enough(Exception):
+    """The run ends before its last iteration because it has nothing more to gain; the message says why. Exit code 0."""
+
+
 class Diverged(RunStopped):
     """A loss or a gradient that is not a number, or a metric that exploded."""
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,22 @@ from spin_ray.chat import ChatFormat
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.data import load_prompts
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, Enough
 from spin_ray.exchange.audit import compare
+from spin_ray.exchange.pairs import read_pairs, write_table
 from spin_ray.guard import check_nll
+from spin_ray.heldout import advantage, are_right, as_pairs, divergence, quality
 from spin_ray.learner.loop import plain_real_logps
 from spin_ray.manifest import RunDir
+from spin_ray.methods import Method
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
-from spin_ray.records import Completion, Prompt, PublishedWeights, SamplingSettings, Version
+from spin_ray.records import PAIR_SCHEMA, Pair, Prompt, PublishedWeights, SamplingSettings, Version, from_table, to_table
 from spin_ray.reporting import Reporting
 from spin_ray.sampler.pool import EVALUATE, sampling_settings, start_opponent
+from spin_ray.stop import Standing, judge
 from spin_ray.system import ray_cluster
 
 
@@ -60,7 +65,7 @@ def run_eval(config: Config) -> None:
             pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
             pool.release.remote(Version(0))
             print(proof.line(_sampler_beside_transformers(pool, prompts, facts, hardware, logs)), file=to_read)
-            metrics = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
+            metrics, _ = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
         print(json.dumps({"model": facts.path, "num_prompts": len(prompts), "rows": counts, **metrics}), file=to_user)
 
 
@@ -76,50 +81,40 @@ def _sampler_beside_transformers(pool: Any, prompts: Sequence[Prompt], facts: Mo
     return f"sampler: {audit.num_tokens} tokens, log-probs apart from plain transformers' by {audit.mean_nats:.1e} nats on average"
 
 
-def evaluate(pool: Any, version: Version, prompts: Sequence[Prompt], chat: ChatFormat, settings: SamplingSettings) -> dict[str, float]:
-    """Sample (temperature 1 and greedy) and score every held-out prompt.
+def evaluate(
+    pool: Any, version: Version, prompts: Sequence[Prompt], chat: ChatFormat, settings: SamplingSettings
+) -> tuple[dict[str, float], list[Pair]]:
+    """Sample at temperature 1, and greedily where an answer can be checked, and score every held-out prompt.
 
-    `real_nll_nats_per_token` is the real answers' negative log-likelihood over all their tokens. The exact-match shares are
-    over the prompts with a checkable answer, and missing if there are none.
+    Returns `heldout.quality` and the version's answers as pairs.
     """
     questions, real = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
+    checkable = [prompt for prompt in prompts if prompt.answer is not None]
     at_one = pool.sample.remote(version, questions, dataclasses.replace(settings, temperature=1.0, top_p=1.0), EVALUATE)
-    greedy = pool.sample.remote(version, questions, dataclasses.replace(settings, temperature=0.0, top_p=1.0), EVALUATE)
+    greedily = dataclasses.replace(settings, temperature=0.0, top_p=1.0)
+    greedy = pool.sample.remote(version, [p.prompt_ids for p in checkable], greedily, EVALUATE)
     drawn, best, logps = ray.get([at_one, greedy, pool.score.remote(version, questions, real, EVALUATE)])
-    return measure(prompts, drawn, best, logps, chat.decode)
+    pairs = as_pairs(version.number, prompts, drawn, logps)
+    right = are_right(prompts, [pair.generated_ids for pair in pairs], chat.decode)
+    return quality(pairs, right, are_right(checkable, [answer.token_ids for answer in best], chat.decode)), pairs
 
 
-def measure(
-    prompts: Sequence[Prompt], drawn: Sequence[Completion], greedy: Sequence[Completion], real_logps: Sequence[np.ndarray],
-    decode: Callable[[np.ndarray], str],
-) -> dict[str, float]:
-    """The metrics of `evaluate` from what the sampler returned."""
-    metrics = {
-        "real_nll_nats_per_token": -float(np.concatenate(real_logps).mean()),
-        "generated_tokens": float(np.mean([len(c.token_ids) for c in drawn])),
-        "real_tokens": float(np.mean([len(p.real_ids) for p in prompts])),
-        "truncated_share": float(np.mean([c.finish_reason == "length" for c in drawn])),
-        "same_as_real_share": float(np.mean([np.array_equal(c.token_ids, p.real_ids) for c, p in zip(drawn, prompts, strict=True)])),
-    }
-    checkable = [k for k, prompt in enumerate(prompts) if prompt.answer is not None]
-    if checkable:
-        for name, completions in (("t1", drawn), ("greedy", greedy)):
-            right = [decode(completions[k].token_ids).strip() == prompts[k].answer.strip() for k in checkable]
-            metrics[f"exact_match_{name}_share"] = float(np.mean(right))
-    return metrics
+ADVANTAGE_PROMPTS = 256
+"""Held-out prompts, the first ones, on which versions are compared with earlier ones: a standard error of 0.03."""
 
 
 class Evaluations:
     """Those of one run, each in a thread of its own. `start` and `tied_names` are the main thread's."""
 
     def __init__(
-        self, config: Config, run: RunDir, facts: ModelFacts, heldout: Sequence[Prompt], pool: Any, overlap: Overlap, threads: Threads,
-        reporting: Reporting,
+        self, config: Config, method: Method, run: RunDir, facts: ModelFacts, heldout: Sequence[Prompt], pool: Any, overlap: Overlap,
+        threads: Threads, reporting: Reporting,
     ):
-        self._config, self._run, self._facts, self._heldout, self._pool = config, run, facts, heldout, pool
+        self._config, self._method, self._run, self._facts, self._heldout, self._pool = config, method, run, facts, heldout, pool
         self._overlap, self._threads, self._reporting = overlap, threads, reporting
         self._settings = sampling_settings(config, facts.chat)
         self._started: dict[int, Future] = {}
+        self._judging = threading.Lock()
         self._coming = 0
         """Number of the newest version that is to be loaded."""
         self.tied_names: Mapping[str, str] = (run.marks("iteration") or [{}])[-1].get("tied_names", {})
@@ -141,7 +136,9 @@ class Evaluations:
             self._overlap.wait_until_may_evaluate(version)
             if before and not before.done():
                 self._catch_up(version, before)
-            metrics = evaluate(self._pool, Version(version), self._heldout, self._facts.chat, self._settings)
+            metrics, pairs = evaluate(self._pool, Version(version), self._heldout, self._facts.chat, self._settings)
+            metrics |= self._beside_earlier(version, pairs)
+            write_table(self._run.heldout_answers(version), to_table(pairs, PAIR_SCHEMA), self._run.storage)
             self._reporting.tracker.log("eval", metrics, opponent_version=version)
             self._run.mark("evaluation", version=version, metrics=metrics)
         self._reporting.row(version, metrics, trained)
@@ -149,6 +146,46 @@ class Evaluations:
             name = "real_nll_nats_per_token"
             model = self._run.storage.name(self._run.model(version - 1))
             check_nll(version, metrics[name], self._known()[0][name], self._config, model)
+        if metrics:
+            self._judge(version)
+
+    def _beside_earlier(self, version: int, pairs: Sequence[Pair]) -> dict[str, float]:
+        """The advantage over theta_{version-1}, and how far the version is from that and from theta_0."""
+        if not version:
+            return {}
+        before, first = (self._answers(earlier)[:ADVANTAGE_PROMPTS] for earlier in (version - 1, 0))
+        asked = [before] if version == 1 else [before, first]
+        scored = ray.get([
+            self._pool.score.remote(Version(version), [p.prompt_ids for p in those], [p.generated_ids for p in those], EVALUATE)
+            for those in asked
+        ])
+        real = [pair.opponent_real_logps for pair in pairs[:ADVANTAGE_PROMPTS]]
+        return {
+            **advantage(before, real, scored[0], self._method.objective(version - 1)),
+            "kl_from_opponent_nats_per_token": divergence(before, scored[0]),
+            "kl_from_start_nats_per_token": divergence(first, scored[-1]),
+        }
+
+    def _answers(self, version: int) -> list[Pair]:
+        return from_table(read_pairs(self._run.heldout_answers(version), self._run.storage), Pair)
+
+    def _judge(self, version: int) -> None:
+        """Name the best version so far; end all waits with `Enough` if there is nothing more to gain."""
+        with self._judging:
+            verdict = judge([self._standing(earlier) for earlier in range(version + 1)], self._config.spin)
+            self._run.name_best(verdict.best, self._config.model.path)
+        asked = self._run.stop_file
+        reason = verdict.reason or (f"asked to by {asked}: {asked.read_text().strip()}" if asked.exists() else "")
+        if reason and len(self._run.marks("iteration")) < self._method.num_iterations:
+            self._threads.fail(Enough(reason))
+
+    def _standing(self, version: int) -> Standing:
+        pairs, metrics = self._answers(version), self._known()[version]
+        nll = -np.array([pair.opponent_real_logps.sum(dtype=np.float64) for pair in pairs])
+        tokens = np.mean([len(pair.real_ids) for pair in pairs])
+        right = are_right(self._heldout, [pair.generated_ids for pair in pairs], self._facts.chat.decode)
+        accuracy = (metrics["advantage_accuracy"], metrics["advantage_accuracy_se"]) if version else None
+        return Standing(version, nll / tokens, right, accuracy)
 
     def _known(self) -> dict[int, dict[str, float]]:
         return {mark["version"]: mark["metrics"] for mark in self._run.marks("evaluation")}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from spin_ray.errors import BadInput, RunStopped
+from spin_ray.errors import BadInput, Enough, RunStopped
 from spin_ray.interrupt import Interrupted
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -41,8 +41,9 @@ def ends_in_one_line(program: str, work: Callable[[], int]) -> int:
         raise
     except BaseException as error:  # a panic in one of the tokenizers is no Exception
         code, message = _verdict(error)
-    with suppress(OSError, ValueError):  # nobody reads it, or it is closed
-        print(f"{program}: {message}", file=sys.stderr, flush=True)
+    if code:
+        with suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
     if "ray" in sys.modules:
         from spin_ray.system import leave
 
@@ -84,6 +85,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         from spin_ray.system import first_error  # of an error from an actor Ray makes one that is both, its type and RayError
 
         cause = first_error(error)
+    if isinstance(cause, Enough):
+        return 0, ""  # the run has said it
     if isinstance(cause, (BadInput, RunStopped)) and (text := _text(cause, whole=True)):
         code = EXIT_BAD_INPUT if isinstance(cause, BadInput) else EXIT_FAILED
         return EXIT_INTERRUPTED if isinstance(cause, Interrupted) else code, text

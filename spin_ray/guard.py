@@ -22,8 +22,8 @@ from spin_ray.config import Config
 from spin_ray.errors import Diverged
 from spin_ray.exchange.audit import Audit, check_first_loss, pair_mismatch
 from spin_ray.learner.messages import Divergence
-from spin_ray.losses import LOSS_AT_ZERO
 from spin_ray.manifest import RunDir
+from spin_ray.methods import Method
 from spin_ray.overlap import Overlap
 from spin_ray.terminal import Terminal
 from spin_ray.tracking import Tracker
@@ -65,40 +65,43 @@ NOTABLE_MISMATCH = 0.1
 
 
 class FirstLosses:
-    """Invariant 2: an iteration's first loss is l(0), as far as the audit of its opponent does not explain it.
+    """Invariant 2: an iteration's first loss is l(0), or what it must be where policy == opponent, as far as the audit of the opponent
+    does not explain it.
 
     The audit of theta_t comes first: what the learner reports of iteration t waits for it (learner/reports.py).
     """
 
-    def __init__(self, config: Config, overlap: Overlap, tokens_per_pair: float, tracker: Tracker, terminal: Terminal):
-        self._config, self._overlap, self._tokens_per_pair = config, overlap, tokens_per_pair
+    def __init__(self, method: Method, overlap: Overlap, tokens_per_answer: float, tracker: Tracker, terminal: Terminal):
+        self._method, self._overlap, self._tokens_per_answer = method, overlap, tokens_per_answer
         self._tracker, self._terminal = tracker, terminal
         self._mismatch: dict[int, float] = {}
-        """Iteration -> beta times the nats by which the engines' difference may move a pair's log-ratio."""
+        """Iteration -> how far the engines' difference may move the loss of a pair."""
         self._judged: set[int] = set()
 
-    def audited(self, t: int, audit: Audit) -> None:
-        """The samplers hold theta_t as the learner does; a later audit of the same version replaces it."""
-        beta = self._config.beta(t)
-        self._mismatch[t] = mismatch = beta * pair_mismatch(audit, self._tokens_per_pair)
-        if mismatch > NOTABLE_MISMATCH and self._config.reference.scorer == "opponent":
+    def audited(self, t: int, audit: Audit | None) -> None:
+        """The samplers, if there are any, hold theta_t as the learner does; a later audit of the same version replaces it."""
+        sensitivity = self._method.objective(t).sensitivity(self._tokens_per_answer)
+        difference = pair_mismatch(audit, 2 * self._tokens_per_answer) if audit else 0.0
+        self._mismatch[t] = mismatch = sensitivity * difference
+        if mismatch > NOTABLE_MISMATCH and self._method.scorer == "opponent":
             self._terminal.say(
-                f"warning: iteration {t}: spin.beta={beta:g} times the engines' difference of {mismatch / beta:.3g} nats "
-                f"per pair moves margins by {mismatch:.2g}; reference.scorer=frozen or learner has no such difference"
+                f"warning: iteration {t}: the engines' difference of {difference:.3g} nats per pair, times {sensitivity:g} (spin.beta and "
+                f"what goes with it), moves the loss by up to {mismatch:.2g}; reference.scorer=frozen or learner has no such difference"
             )
 
-    def judge(self, t: int, loss: float) -> None:
-        """Raise FirstLossError if the first loss of iteration t is too far from l(0)."""
+    def judge(self, t: int, first: tuple[float, float | None]) -> None:
+        """Raise FirstLossError if the first loss of iteration t is too far from what it is at policy == opponent; both are given."""
         self._judged.add(t)
-        if self._overlap.starts_stale(t) and self._config.reference.scorer == "opponent":
-            return  # its first pairs were played against a snapshot, not against theta_t
-        deviation = check_first_loss(t, loss, at_zero=LOSS_AT_ZERO[self._config.spin.loss], mismatch=self._mismatch[t])
+        loss, expected = first
+        if expected is None or (self._overlap.starts_stale(t) and self._method.scorer == "opponent"):
+            return  # there is no reference; or the first pairs were played against a snapshot, not against theta_t
+        deviation = check_first_loss(t, loss, expected=expected, mismatch=self._mismatch[t])
         self._tracker.log("audit", {"first_loss_deviation": deviation}, opponent_version=t)
 
-    def judge_at_the_end(self, t: int, loss: float) -> None:
+    def judge_at_the_end(self, t: int, first: tuple[float, float | None]) -> None:
         """Iteration t is trained: no first loss stays unjudged, also where the first step was an earlier session's."""
         if t not in self._judged:
-            self.judge(t, loss)
+            self.judge(t, first)
 
 
 class FirstAnswers:

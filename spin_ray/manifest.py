@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,22 +43,21 @@ class RunDir:
         return self.storage.name(self.path)
 
     @classmethod
-    def open(cls, config: Config, command: str) -> RunDir:
+    def open(cls, config: Config) -> RunDir:
         """Raises BadInput if the directory cannot be written or holds the work of a run with another config.
 
         One that holds no work yet, because an earlier try ended in bad input, is simply started over.
         """
         run = cls(config.run_path, open_storage(config))
         with readable_disk_errors(run.path), held(run.storage, run.path / "lock"):
-            run._take_up(config, command)
+            run._take_up(config)
         return run
 
-    def _take_up(self, config: Config, command: str) -> None:
+    def _take_up(self, config: Config) -> None:
         saved = self.storage.fetch(self.path / "config.json")
         before = self._parse(saved) if saved.exists() else {}
-        other_command = before.pop("command", command) != command
-        changed = [f"command: now {command}"] * other_command + (differences(config, before) if before else [])
-        if changed and (self.storage.exists(self.iteration(0)) or self.storage.exists(self.path / "model")):
+        changed = differences(config, before) if before else []
+        if changed and self.storage.exists(self.iteration(0)):
             raise BadInput(
                 f"{self} belongs to a run with another config ({'; '.join(changed)}); "
                 "set that back to go on, choose another run.name, or delete the directory to start over"
@@ -68,7 +67,7 @@ class RunDir:
             self.storage.remove(self.path / "manifest.jsonl")
         if changed or not saved.exists():
             with self.storage.written(saved) as temporary:
-                temporary.write_text(to_json(config, command))
+                temporary.write_text(to_json(config))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -106,6 +105,28 @@ class RunDir:
 
     def heldout(self) -> Path:
         return self.prepared() / "heldout.parquet"
+
+    def heldout_answers(self, version: int) -> Path:
+        """What theta_version answered to the held-out prompts."""
+        return self.path / "heldout" / f"theta_{version:03d}.parquet"
+
+    @property
+    def stop_file(self) -> Path:
+        """A file that somebody puts there to end the run when a version has been evaluated; its text is the reason."""
+        return self.path / "stop"
+
+    def name_best(self, version: int, start: str) -> None:
+        """Let the file `best` name the model of a version; `start` is theta_0's."""
+        named = self.storage.name(self.model(version - 1)) if version else start
+        path = self.storage.fetch(self.path / "best")
+        if not path.exists() or path.read_text().strip() != named:
+            with self.storage.written(path) as temporary:
+                temporary.write_text(f"{named}\n")
+
+    def best(self) -> str | None:
+        """The model that `best` names; None where nothing was evaluated."""
+        path = self.storage.fetch(self.path / "best")
+        return path.read_text().strip() if path.exists() else None
 
     def prepared(self) -> Path:
         """All prompts."""
@@ -148,14 +169,14 @@ class RunDir:
                     f"(sha256 {found.get(name)}, was {value}); put the file back, or start a new run"
                 )
 
-    def drop_outdated(self, keep: RunConfig) -> None:
-        """Remove what finished iterations no longer need and the user does not keep. The newest one's pairs are replayed in the next."""
+    def drop_outdated(self, keep: RunConfig, needed: Collection[int]) -> None:
+        """Remove what finished iterations no longer need and the user does not keep. `needed`: iterations whose pairs the next reads."""
         finished = len(self.marks("iteration"))
         for t in range(finished):
             for path, outdated in (
                 (self.progress(t), True),
                 (self.checkpoint(t), t < finished - keep.keep_checkpoints),
-                (self.iteration(t) / "pairs", keep.keep_pairs_iterations and t < finished - keep.keep_pairs_iterations),
+                (self.iteration(t) / "pairs", keep.keep_pairs_iterations and t < finished - keep.keep_pairs_iterations and t not in needed),
             ):
                 if outdated:
                     self.storage.remove(path)

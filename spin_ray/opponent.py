@@ -1,5 +1,7 @@
 """The driver's side of the opponent: what it plays, with which weights, and when. The main player's is learner/group.py.
 
+A method that plays nothing has one too, as long as something is evaluated; `Bystander` stands where there is none at all.
+
     Version(t) ──► load ──► audit ──► (selfplay marks it) ──► release ──┬─► plays iteration t ──► evaluated, with what time is left
                                                                         └─► `lookahead`: load of a snapshot of t + 1 ──► plays ahead
 
@@ -14,6 +16,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from spin_ray.background import Threads
+from spin_ray.background import Threads, in_background
 from spin_ray.config import Config
 from spin_ray.errors import WeightsLost
 from spin_ray.evaluation import Evaluations
@@ -30,12 +33,13 @@ from spin_ray.exchange.audit import Audit, compare
 from spin_ray.exchange.pairs import PlayPlan, play
 from spin_ray.guard import FirstAnswers
 from spin_ray.learner.group import Learner
-from spin_ray.learner.messages import Score
+from spin_ray.learner.messages import Publish, Score
 from spin_ray.manifest import RunDir
+from spin_ray.methods import Method
 from spin_ray.model import ModelFacts
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
-from spin_ray.records import Prompt, PublishedWeights, Span, Version, real_only
+from spin_ray.records import PAIR_SCHEMA, Prompt, PublishedWeights, Span, Version, real_only, to_table
 from spin_ray.reporting import Reporting
 from spin_ray.sampler.pool import AUDIT, sampling_settings
 from spin_ray.system import Neighbours, let_learner_go_first
@@ -49,16 +53,17 @@ class Opponent:
     """
 
     def __init__(
-        self, config: Config, run: RunDir, facts: ModelFacts, hardware: Hardware, pool: Any, learner: Learner, overlap: Overlap,
-        threads: Threads, reporting: Reporting, *, prompts: Sequence[Prompt], heldout: Sequence[Prompt],
+        self, config: Config, method: Method, run: RunDir, facts: ModelFacts, hardware: Hardware, pool: Any, learner: Learner,
+        overlap: Overlap, threads: Threads, reporting: Reporting, *, prompts: Sequence[Prompt], heldout: Sequence[Prompt],
     ):
         """`prompts`: the training data, whose first rows are audited. `learner` gives snapshots and takes blocks."""
-        self._config, self._run, self._hardware, self._pool, self._learner = config, run, hardware, pool, learner
-        self._overlap, self._threads, self._reporting = overlap, threads, reporting
-        self._settings, self._has_heldout = sampling_settings(config, facts.chat), bool(heldout)
+        self._config, self._method, self._run, self._hardware, self._pool = config, method, run, hardware, pool
+        self._learner, self._overlap, self._threads, self._reporting = learner, overlap, threads, reporting
+        self._settings = tuple(sampling_settings(config, facts.chat, t) for t in range(method.num_iterations))
+        self._prompts, self._has_heldout = prompts, bool(heldout)
         self._audited = prompts[: config.audit.num_prompts]
         self._first_answers = FirstAnswers(config, facts.chat)
-        self._evaluations = Evaluations(config, run, facts, heldout, pool, overlap, threads, reporting)
+        self._evaluations = Evaluations(config, method, run, facts, heldout, pool, overlap, threads, reporting)
         self._snapshots_used: set[int] = set()
         """Iterations whose training has a snapshot that played ahead."""
         self._num_voided = 0
@@ -66,10 +71,15 @@ class Opponent:
         self._taking = threading.Lock()
         """A snapshot is taken before a rollback or after it."""
         self._neighbours = Neighbours()
+        self._weights: PublishedWeights | None = None
+        """What the samplers hold, if it came from the learner."""
 
     def start(self) -> None:
         """Start the play of all iterations: its pipeline starts up while the engines do. Returns when a sampler is up."""
-        self._threads.start(self._play)
+        if self._method.plays:
+            self._threads.start(self._play)
+        else:
+            self._threads.start(hand_on_rows, self._method, self._prompts, self._overlap, self._learner)
         ready = self._pool.ready.remote().future()
         number = self._config.sampler.num_replicas
         self._reporting.wait_for(ready, self._threads, f"the first of {number} samplers", f"{self._run.logs}/sampler-0.log")
@@ -77,18 +87,33 @@ class Opponent:
     def _play(self) -> None:
         """Lines 3-5: theta_t answers every prompt. Hands every block on as soon as it is finished."""
         plan = PlayPlan(
-            self._run, self._pool, self._settings, score=self._config.reference.scorer == "opponent",
-            max_steps_early=self._overlap.max_steps_early,
+            self._run, self._pool, self._settings, score=self._method.scorer == "opponent",
+            max_steps_early=self._overlap.max_steps_early, anchored=self._method.anchored,
         )
-        blocks = [block for t in range(self._overlap.first, self._config.spin.num_iterations) for block in self._overlap.blocks(t)]
+        blocks = [block for t in range(self._overlap.first, self._method.num_iterations) for block in self._overlap.blocks(t)]
         for block, table in play(plan, blocks, self._hardware.blocks_in_flight):
             t, name = block.iteration, self._run.storage.name(self._run.pairs(block.iteration, block.kind, block.index))
             self._reporting.play_begins(t)
             self._learner.put_block(t, block.place, table)
             self._overlap.block_played(block)
-            if block.kind == "block" and (shares := self._first_answers.look(t, table, name)):
+            if not block.age and (shares := self._first_answers.look(t, table, name)):
                 self._reporting.tracker.log("sampler", shares, iteration=t, opponent_version=t)
             self._reporting.played(block, table)
+
+    def asks(self, version: int) -> list[Publish | Score]:
+        """What the learner is to do, in this order, before theta_version can be the opponent. The first one samplers load themselves."""
+        return [*([] if version == self._overlap.first else [Publish(Version(version))]), self._probe()]
+
+    def become(self, version: int, answers: Iterator[Any]) -> Audit:
+        """theta_version is the opponent: loaded and audited. `answers`: the learner's to `asks`. Raises WeightsLost, AuditError."""
+        if version == self._overlap.first:
+            log = f"{self._run.logs}/learner-0.log"
+            probed = self._reporting.wait_for(in_background(next, answers), self._threads, "the main player", log)
+        else:
+            self._weights = next(answers)
+            self.load(self._weights)
+            probed = next(answers)
+        return self._audit(version, probed)
 
     def load(self, weights: PublishedWeights) -> None:
         """Bring new weights to the samplers, once they owe nothing under the old ones. Raises WeightsLost."""
@@ -99,22 +124,26 @@ class Opponent:
         metrics = {"load_s": seconds, "total_s": time.monotonic() - begun, "gib_per_s": weights.num_bytes / 2**30 / max(seconds, 1e-9)}
         self._reporting.tracker.log("sync", metrics, opponent_version=weights.version.number)
 
-    def probe(self) -> Score:
+    def _probe(self) -> Score:
         """What the learner is to score for the audit."""
         return Score(tuple(real_only(prompt, self._overlap.first) for prompt in self._audited))
 
-    def audit(self, version: Version, probed: Sequence[np.ndarray]) -> Audit:
-        """Sampler and learner score the same real answers; `probed` is what the learner answered to `probe`. Raises AuditError."""
-        answers = self._ask("score", version, [p.prompt_ids for p in self._audited], [p.real_ids for p in self._audited], AUDIT)
-        audit = compare(version.number, answers, probed[::2], self._hardware.audit_tolerance)
+    def _audit(self, version: int, probed: Sequence[np.ndarray]) -> Audit:
+        """Sampler and learner score the same real answers; `probed` is what the learner answered to `_probe`. Raises AuditError."""
+        questions, answers = [p.prompt_ids for p in self._audited], [p.real_ids for p in self._audited]
+        scored = self._ask("score", Version(version), questions, answers, AUDIT)
+        audit = compare(version, scored, probed[::2], self._hardware.audit_tolerance)
         metrics = {"mean_abs_logp_difference_nats": audit.mean_nats, "max_abs_logp_difference_nats": audit.max_nats}
-        self._reporting.tracker.log("audit", metrics, opponent_version=version.number)
+        self._reporting.tracker.log("audit", metrics, opponent_version=version)
         return audit
 
-    def saved(self, weights: PublishedWeights, folder: str) -> None:
-        """What the samplers hold is on disk: the object store is free of it, and it may be loaded from there again."""
-        self._evaluations.tied_names = weights.tied_names
-        self._ask("saved", weights.version, folder)
+    def saved(self, folder: str) -> dict[str, Any]:
+        """What the samplers hold is on disk: the object store is free of it, and it may be loaded from there again. Returns what the
+        manifest is to remember of it.
+        """
+        self._evaluations.tied_names = self._weights.tied_names
+        self._ask("saved", self._weights.version, folder)
+        return {"tied_names": dict(self._weights.tied_names)}
 
     def evaluate_the_one_before(self, version: int) -> None:
         """theta_{version-1}'s evaluation, put off when the session before ended, or seen by a guard that ended it."""
@@ -135,7 +164,7 @@ class Opponent:
                 self._threads.start(self._play_ahead, early[1])
 
     def _open(self, version: Version) -> None:
-        if version.number < self._config.spin.num_iterations:
+        if version.number < self._method.num_iterations:
             self._reporting.play_begins(version.number)
         self._ask("release", version)
 
@@ -180,3 +209,51 @@ class Opponent:
     def _ask(self, verb: str, *args: Any) -> Any:
         """The pool's answer, or the first error of any thread."""
         return self._threads.result(getattr(self._pool, verb).remote(*args).future())
+
+
+class Bystander:
+    """Has the verbs of `Opponent` where rows are the pairs and nothing is evaluated: no sampler is there."""
+
+    def __init__(
+        self, method: Method, learner: Learner, overlap: Overlap, threads: Threads, reporting: Reporting, prompts: Sequence[Prompt],
+    ):
+        self._method, self._learner, self._overlap, self._threads = method, learner, overlap, threads
+        self._reporting, self._prompts = reporting, prompts
+
+    def start(self) -> None:
+        self._threads.start(hand_on_rows, self._method, self._prompts, self._overlap, self._learner)
+
+    def asks(self, version: int) -> list[Publish | Score]:
+        return []
+
+    def become(self, version: int, answers: Iterator[Any]) -> None:
+        """Nothing is loaded, and there is nothing to compare with."""
+
+    def saved(self, folder: str) -> dict[str, Any]:
+        return {}
+
+    def evaluate_the_one_before(self, version: int) -> None:
+        """There is no held-out data."""
+
+    def release(self, version: int, trained: dict[str, Any]) -> None:
+        self._reporting.row(version, {}, trained)
+
+    @contextmanager
+    def voiding_snapshot(self, t: int, step: int) -> Iterator[bool]:
+        yield False
+
+    def num_restarts(self) -> int:
+        return 0
+
+    def spans(self) -> list[Span]:
+        return []
+
+
+def hand_on_rows(method: Method, prompts: Sequence[Prompt], overlap: Overlap, learner: Learner) -> None:
+    """Give the learner the pairs that the rows are, block by block."""
+    for t in range(overlap.first, method.num_iterations):
+        rows = iter(prompts)
+        for block in overlap.blocks(t):
+            pairs = [method.pair(prompt) for prompt in itertools.islice(rows, block.size)]
+            learner.put_block(t, block.place, to_table(pairs, PAIR_SCHEMA))
+            overlap.block_played(block)

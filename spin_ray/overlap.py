@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spin_ray.config import Config
+from spin_ray.methods import Method
 from spin_ray.records import Version
 
 
@@ -33,8 +34,8 @@ class BlockSpec:
     """One block of one iteration."""
 
     iteration: int
-    kind: str
-    """"block": sampled in this iteration; "replay": the iteration before's, re-scored."""
+    age: int
+    """Iterations since its answers were written: 0 in this one; 1 and more: they are replayed, re-scored."""
     index: int
     size: int
     """Pairs in the block."""
@@ -43,12 +44,17 @@ class BlockSpec:
     place: int = 0
     """Place in the iteration's order of training."""
 
+    @property
+    def kind(self) -> str:
+        """What its file is called by."""
+        return ("block", "replay")[self.age] if self.age < 2 else f"replay{self.age}"
+
 
 class Overlap:
     """The schedule of a run from iteration `first` on, and the waits between its two players. Thread-safe."""
 
-    def __init__(self, config: Config, block_sizes: Sequence[int], first: int = 0):
-        self._config, self._sizes, self.first = config, list(block_sizes), first
+    def __init__(self, config: Config, method: Method, block_sizes: Sequence[int], first: int = 0):
+        self._config, self._method, self._sizes, self.first = config, method, list(block_sizes), first
         self._played: set[BlockSpec] = set()
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -58,14 +64,15 @@ class Overlap:
         ahead = self._num_ahead(t)
         early = self.snapshot(t - 1)
         versions = [early[1] if early and index < ahead else Version(t) for index in range(len(self._sizes))]
-        new = [BlockSpec(t, "block", index, size, versions[index]) for index, size in enumerate(self._sizes)]
-        replay = [BlockSpec(t, "replay", index, size, Version(t)) for index, size in enumerate(self._sizes)]
-        order = new[:ahead] + (replay if self._config.spin.replay and t > 0 else []) + new[ahead:]
+        new = [BlockSpec(t, 0, index, size, versions[index]) for index, size in enumerate(self._sizes)]
+        ages = [t - earlier for earlier in self._method.replayed(t)]
+        replay = [BlockSpec(t, age, index, size, Version(t)) for age in ages for index, size in enumerate(self._sizes)]
+        order = new[:ahead] + replay + new[ahead:]
         return [replace(block, place=place) for place, block in enumerate(order)]
 
     def num_steps(self, t: int) -> int:
         """Optimizer steps of iteration t."""
-        return self._config.num_steps(sum(self._sizes) * (2 if self._config.spin.replay and t > 0 else 1), self._config.spin.num_epochs)
+        return self._config.num_steps(sum(self._sizes) * (1 + len(self._method.replayed(t))), self._method.num_epochs(t))
 
     def steps_before(self, t: int) -> int:
         """Optimizer steps of all iterations before t."""
@@ -79,7 +86,7 @@ class Overlap:
         return self._planned_snapshot(t) if t >= self.first else None  # what was before this session is gone
 
     def _planned_snapshot(self, t: int) -> tuple[int, Version] | None:
-        if self._config.overlap.mode != "lookahead" or not 0 <= t < self._config.spin.num_iterations - 1:
+        if self._config.overlap.mode != "lookahead" or not 0 <= t < self._method.num_iterations - 1:
             return None
         early = math.ceil(self._config.overlap.lookahead_fraction * self.num_steps(t))
         return self.num_steps(t) - early, Version(t + 1, early)
@@ -92,7 +99,7 @@ class Overlap:
     @property
     def max_steps_early(self) -> int:
         """The bound of staleness: optimizer steps that any pair's writer may be short of its version; 0 but in `lookahead`."""
-        planned = [self._planned_snapshot(t) for t in range(self._config.spin.num_iterations)]
+        planned = [self._planned_snapshot(t) for t in range(self._method.num_iterations)]
         return max((snapshot[1].steps_early for snapshot in planned if snapshot), default=0)
 
     def starts_stale(self, t: int) -> bool:
@@ -120,12 +127,12 @@ class Overlap:
 
     def wait_until_may_evaluate(self, version: int) -> None:
         """Until theta_version has played its own iteration, here or in an earlier session: before that it has better things to do."""
-        self._wait_for(self.blocks(version) if self.first <= version < self._config.spin.num_iterations else [])
+        self._wait_for(self.blocks(version) if self.first <= version < self._method.num_iterations else [])
 
     def wait_until_may_load(self, version: Version) -> None:
         """Until everything that earlier weights have to play is played."""
         before = self.blocks(version.number - 1) if version.number > self.first else []
-        here = self.blocks(version.number) if version.number < self._config.spin.num_iterations else []
+        here = self.blocks(version.number) if version.number < self._method.num_iterations else []
         self._wait_for([block for block in [*before, *here] if block.version.precedes(version)])
 
     def _wait_for(self, blocks: Sequence[BlockSpec]) -> None:

@@ -48,7 +48,8 @@ class Proof:
     def tokens(self, source: str, split: str, config: Config, chat: ChatFormat) -> None:
         """Raises BadInput for a row among the first that does not survive its tokens."""
         with self._timed():
-            rows = first_rows(source, config.data, split, FIRST_ROWS)
+            preferences = config.method == "dpo" and source == config.data.train
+            rows = first_rows(source, config.data, split, FIRST_ROWS, preferences=preferences)
             self._shown.append(prove_tokens(chat, rows, source).line)
 
     def end(self, config: Config, facts: ModelFacts, say: Callable[[str], None]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+NO_TOKENS, NO_LOGPS = np.zeros(0, np.int32), np.zeros(0, np.float32)
+
 
 @dataclass(frozen=True)
 class Version:
@@ -42,6 +44,8 @@ class Prompt:
     """[num_real_tokens] int32, ends with the end-of-turn token."""
     answer: str | None = None
     """What a correct response must say, where the data is checkable."""
+    rejected_ids: np.ndarray = field(default_factory=lambda: NO_TOKENS)
+    """[num_rejected_tokens] int32, the worse answer of a preference row; empty in others."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Pair:
-    """One training example of SPIN: the real and the generated answer to a prompt, with the opponent's log-probs."""
+    """One training example: the real and the generated answer to a prompt, with the reference's log-probs.
+
+    In preference rows (`method: dpo`) the real answer is the chosen one, the generated one the rejected. T-SPIN has a third answer.
+    """
 
     prompt_id: int
     iteration: int
@@ -97,11 +104,31 @@ class Pair:
     """Optimizer steps that the writer was short of `opponent_version`; not 0 only with `overlap.mode=lookahead`."""
     scored_steps_early: int = 0
     """The same for `scored_version`."""
+    anchor_ids: np.ndarray = field(default_factory=lambda: NO_TOKENS)
+    """[num_anchor_tokens] int32, what theta_0 answered, for losses that ask for it; empty for others, and where y' is that answer."""
+    opponent_anchor_logps: np.ndarray = field(default_factory=lambda: NO_LOGPS)
+    """[num_anchor_tokens] float32, nats; empty as those of the other answers."""
+
+    @property
+    def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Real, generated, anchor: an answer that is not there is empty."""
+        return self.real_ids, self.generated_ids, self.anchor_ids
+
+    @property
+    def common_length(self) -> int:
+        """Tokens that both answers have places for: the shorter one's. A pair without a generated answer has the real one's."""
+        return min(len(self.real_ids), len(self.generated_ids)) or len(self.real_ids)
+
+
+NUM_ANSWERS, NUM_PARTS = 3, 2
+"""Of a pair: its answers; and of an answer its first `common_length` tokens and the rest. Log-probs of pairs are [N, 3, 2]."""
 
 
 def opponent_reference(pair: Pair) -> np.ndarray:
-    """The reference that came with a pair: log p of its two answers, summed, [2] float64, in nats."""
-    return np.array([pair.opponent_real_logps.sum(dtype=np.float64), pair.opponent_generated_logps.sum(dtype=np.float64)])
+    """The reference that came with a pair: log p of its answers in two parts, [3, 2] float64, in nats."""
+    border = pair.common_length
+    logps = pair.opponent_real_logps, pair.opponent_generated_logps, pair.opponent_anchor_logps
+    return np.array([[part.sum(dtype=np.float64) for part in (answer[:border], answer[border:])] for answer in logps])
 
 
 @dataclass(frozen=True)
@@ -135,9 +162,9 @@ class PublishedWeights:
 
 def real_only(prompt: Prompt, version: int) -> Pair:
     """A prompt as a pair without a generated answer and with zeros for references: for SFT, and for scoring real answers."""
-    none, no_logps = np.zeros(0, np.int32), np.zeros(len(prompt.real_ids), np.float32)
+    zeros = np.zeros(len(prompt.real_ids), np.float32)
     return Pair(
-        prompt.prompt_id, version, version, version, prompt.prompt_ids, prompt.real_ids, none, no_logps, no_logps[:0], "stop"
+        prompt.prompt_id, version, version, version, prompt.prompt_ids, prompt.real_ids, NO_TOKENS, zeros, NO_LOGPS, "stop"
     )
 
 
@@ -146,9 +173,11 @@ PAIR_SCHEMA = pa.schema({
     "prompt_id": pa.int64(), "iteration": pa.int32(), "opponent_version": pa.int32(), "scored_version": pa.int32(),
     "prompt_ids": _INTS, "real_ids": _INTS, "generated_ids": _INTS,
     "opponent_real_logps": _FLOATS, "opponent_generated_logps": _FLOATS, "finish_reason": pa.string(),
-    "opponent_steps_early": pa.int32(), "scored_steps_early": pa.int32(),
+    "opponent_steps_early": pa.int32(), "scored_steps_early": pa.int32(), "anchor_ids": _INTS, "opponent_anchor_logps": _FLOATS,
 })
-PROMPT_SCHEMA = pa.schema({"prompt_id": pa.int64(), "prompt_ids": _INTS, "real_ids": _INTS, "answer": pa.string()})
+PROMPT_SCHEMA = pa.schema({
+    "prompt_id": pa.int64(), "prompt_ids": _INTS, "real_ids": _INTS, "answer": pa.string(), "rejected_ids": _INTS,
+})
 
 
 def to_table(records: Sequence[Pair] | Sequence[Prompt], schema: pa.Schema) -> pa.Table:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -18,6 +20,7 @@ from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.learner.messages import Proved, StepRecord, TrainReport
 from spin_ray.manifest import RunDir
+from spin_ray.methods import Method
 from spin_ray.overlap import BlockSpec, Overlap
 from spin_ray.preflight import Proof
 from spin_ray.records import Span
@@ -44,17 +47,23 @@ class Reporting:
     """Thread-safe: the main thread reports the main player, others the opponent."""
 
     def __init__(
-        self, config: Config, run: RunDir, chat: ChatFormat, overlap: Overlap, proof: Proof, tracker: Tracker, terminal: Terminal,
+        self, config: Config, method: Method, run: RunDir, chat: ChatFormat, overlap: Overlap, proof: Proof, tracker: Tracker,
+        terminal: Terminal,
     ):
-        self._config, self._chat, self._overlap, self.tracker, self.terminal = config, chat, overlap, tracker, terminal
+        self._config, self._method, self._chat, self._overlap = config, method, chat, overlap
+        self.tracker, self.terminal = tracker, terminal
         self._proof = proof
         self._timeline = Timeline(run.path)
         self._plays = {
-            t: _Play(sum(block.size for block in overlap.blocks(t))) for t in range(overlap.first, config.spin.num_iterations)
+            t: _Play(sum(block.size for block in overlap.blocks(t))) for t in range(overlap.first, method.num_iterations)
         }
+        self._from_sft = config.method != "sft"
+        """Whether theta_0 is an SFT model."""
+        terms = {term for t in range(method.num_iterations) for term in method.objective(t).terms}
+        self._trained_columns = {*terms, "train_s", "waited_s"}
         self._beginning = threading.Lock()
-        self._last_metrics: dict[int, Mapping[str, float]] = {}
-        """Iteration -> metrics of its newest step."""
+        self._steps: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+        """Iteration -> metrics of its steps in this session."""
 
     def wait_for(self, answer: Future, threads: Threads, who: str, log: str) -> Any:
         """The answer of a player that is starting; every minute the user hears that it is not there. Raises any thread's first error."""
@@ -75,12 +84,14 @@ class Reporting:
         """An optimizer step of the main player."""
         t, step, metrics = record.iteration, record.step, record.metrics
         if step % self._config.tracking.log_every_steps == 0 or step == record.total_steps - 1:
-            logged = {**metrics, "global_step": self._overlap.steps_before(t) + step}
+            logged = {name: value for name, value in metrics.items() if not isinstance(value, list)}  # histograms are an iteration's
+            logged |= {"global_step": self._overlap.steps_before(t) + step}
             self.tracker.log("train", logged, iteration=t, step=step, opponent_version=t)
-        self._last_metrics[t] = metrics
-        nll = f"  NLL term {_nll_term(metrics):.3f}" if self._config.spin.nll_weight else ""
-        text = f"iteration {t}  step {step + 1}/{record.total_steps}  loss {metrics['spin_loss']:.3f}{nll}  " \
-               f"margin {metrics['margin']:.2f}  {metrics['pairs_per_s']:.0f} pairs/s  waited {metrics['waited_s']:.1f} s"
+        del self._steps[t][step:]  # a group of workers that replaces another takes steps again
+        self._steps[t].append(metrics)
+        learnt = "  ".join(f"{name} {value:.3f}" for name, value in _learnt(metrics).items())
+        text = f"iteration {t}  step {step + 1}/{record.total_steps}  {learnt}  {metrics['pairs_per_s']:.0f} pairs/s  " \
+               f"waited {metrics['waited_s']:.1f} s"
         self.terminal.progress("main player", step + 1, record.total_steps, text)
 
     def trained(self, t: int, report: TrainReport, *, num_restarts: int) -> dict[str, Any]:
@@ -88,15 +99,16 @@ class Reporting:
         idle = self._timeline.idle_share(t)
         self.tracker.log("sampler", {"num_restarts": num_restarts}, iteration=t, opponent_version=t)
         rates = {"pairs_per_s": report.num_pairs / report.wall_s, "tokens_per_s": report.num_tokens / report.wall_s}
-        self.tracker.log("iteration", {**asdict(report), **rates, "learner_idle_share": idle}, iteration=t, opponent_version=t + 1)
-        last = self._last_metrics[t]
-        row = {"loss": last["spin_loss"], "margin": last["margin"], "train_s": report.wall_s, "waited_s": report.waited_s}
-        return {**row, "nll_term": _nll_term(last)} if self._config.spin.nll_weight else row
+        steps = self._steps.pop(t)
+        last_epoch = _means(steps[-max(1, report.num_steps // self._method.num_epochs(t)) :])
+        whole = {**asdict(report), **rates, "learner_idle_share": idle, **last_epoch}
+        self.tracker.log("iteration", whole, iteration=t, opponent_version=t + 1)
+        return {**_learnt(steps[-1]), "train_s": report.wall_s, "waited_s": report.waited_s}
 
     def row(self, version: int, metrics: Mapping[str, float], trained: Mapping[str, Any]) -> None:
         """A version's line of the run's table; `trained`: what `trained` returned of the iteration that made it."""
-        optional = {"nll_term": None} if self._config.spin.nll_weight else {}
-        self.terminal.row({"model": f"theta_{version}" if version else "SFT", **optional, **metrics, **trained})
+        name = f"theta_{version}" if version or not self._from_sft else "SFT"
+        self.terminal.row({"model": name, **metrics, **trained}, self._trained_columns)
 
     def play_begins(self, t: int) -> None:
         """Iteration t is released, or its first block turns out to be on disk already; only the first call counts."""
@@ -107,7 +119,7 @@ class Reporting:
         """A block that is finished. Blocks come one after the other, an iteration's in a row."""
         t, play = block.iteration, self._plays[block.iteration]
         play.pairs += len(table)
-        play.drawn += 0 if block.kind == "replay" else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
+        play.drawn += 0 if block.age else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
         seconds = max(time.monotonic() - play.begun, 1e-9)
         rate = play.drawn / seconds
         doing = f"{rate:,.0f} tok/s" if play.drawn else "re-scoring"
@@ -127,6 +139,22 @@ class Reporting:
         self.tracker.table("pairs", ["iteration", "prompt", "real", "generated"], rows)
 
 
-def _nll_term(metrics: Mapping[str, float]) -> float:
-    """What `spin.nll_weight` adds to SPIN's loss, which alone is l(0) at an iteration's first step."""
-    return metrics["loss"] - metrics["spin_loss"]
+LAST_EPOCH = (
+    "accuracy", "margin", "displaced_share", "lower_likelihood_share", "real_logp_change_nats", "generated_logp_change_nats",
+    "real_nll_nats_per_token", "margin_histogram",
+)
+"""What an iteration's training came to: means over its last epoch, each pair before the step that it is in."""
+
+
+def _means(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        f"last_epoch_{name}": np.mean([step[name] for step in steps], axis=0).tolist() for name in LAST_EPOCH if name in steps[-1]
+    }
+
+
+def _learnt(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What a step's metrics say of the objective's terms: the loss of pairs, l(0) at an iteration's first step, apart from the NLL term."""
+    if "pair_loss" not in metrics:
+        return {"NLL": metrics["real_nll_nats_per_token"]}
+    term = metrics["loss"] - metrics["pair_loss"]
+    return {"loss": metrics["pair_loss"], **({"NLL term": term} if term else {}), "margin": metrics["margin"]}

@@ -1,4 +1,4 @@
-"""Self-play fine-tuning: the loop of Algorithm 1 (arXiv 2401.01335), overlapped, resumable.
+"""Self-play fine-tuning: the loop of Algorithm 1 (arXiv 2401.01335), overlapped, resumable. Other methods leave out what they lack.
 
             opponent (opponent.py)                                              main player (learner/)
     prompts ──► play (Ray Data tasks ⇄ sampler pool) ──► blocks on disk ──► coordinator ──► workers: train
@@ -16,7 +16,6 @@ What the main player reports is acted on in the order of learner/reports.py, who
 
 from __future__ import annotations
 
-import functools
 import math
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -25,61 +24,79 @@ from typing import Any
 import numpy as np
 import ray
 
-from spin_ray.background import Threads, in_background
+from spin_ray.background import Threads
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
-from spin_ray.errors import WeightsLost
+from spin_ray.errors import Diverged, Enough, WeightsLost
 from spin_ray.exchange.audit import Audit, AuditError
 from spin_ray.guard import FirstLosses, Rollbacks
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import follow
-from spin_ray.learner.messages import Divergence, Proved, Publish, Save, Saving, StepRecord, Train, TrainReport
+from spin_ray.learner.messages import Divergence, Proved, Save, Saving, StepRecord, Train, TrainReport, first_losses
 from spin_ray.learner.reports import Reports
-from spin_ray.losses import spin_loss
 from spin_ray.manifest import RunDir
+from spin_ray.methods import method_of
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
-from spin_ray.opponent import Opponent
+from spin_ray.opponent import Bystander, Opponent
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
 from spin_ray.players import Players, start_players
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
 from spin_ray.prepared import Prepared, prepare
-from spin_ray.records import Span, Version
+from spin_ray.records import Span
 from spin_ray.reporting import Reporting
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
 from spin_ray.tracking import Tracker
 
 
-def run_spin(config: Config) -> None:
-    """Play all iterations of a run, going on where an earlier one stopped; returns when the run is finished."""
-    run = RunDir.open(config, "run")
+def run_method(config: Config) -> None:
+    """All iterations of a run, going on where an earlier one stopped; returns when the run is finished."""
+    run = RunDir.open(config)
     with run.locked(), captured_output(run.logs / "driver.log") as to_user:
         _run(config, run, Terminal(to_user))
 
 
 def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
-    last_model = run.storage.name(run.model(config.spin.num_iterations - 1))
+    method = method_of(config)
     if run.marks("finished"):
-        terminal.say(f"{run} is finished; the model is {last_model}")
+        terminal.say(f"{run} is {_outcome(run)}")
         return
     interrupts = Interrupts()
     interrupts.listen()
     facts, proof = inspect_model(config), Proof()
     proof.end(config, facts, terminal.say)
     prepared = prepare(config, run, facts, proof, terminal)
-    max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens, facts)
+    if config.spin.stop != "never" and method.plays and not prepared.heldout:
+        terminal.say(f"spin.stop={config.spin.stop} has nothing to go by without data.eval: all iterations will be played")
+    samplers = method.plays or bool(prepared.heldout)
+    max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens if samplers else 0, facts)
     with ExitStack() as stack:
-        hardware = stack.enter_context(ray_cluster(config))
+        stack.callback(_tell_of_the_end, run, terminal)
+        hardware = stack.enter_context(ray_cluster(config, samplers=samplers))
         interrupts.listen()
-        refuse_sampler(facts, hardware)
+        if samplers:
+            refuse_sampler(facts, hardware)
         blocks = len(prepared.block_sizes)
         terminal.say(f"{run}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
-        players = stack.enter_context(start_players(config, run, facts, hardware, max_model_len, proof_pairs(prepared.train)))
+        players = stack.enter_context(
+            start_players(config, run, facts, hardware, max_model_len, proof_pairs(prepared.train), samplers=samplers)
+        )
         with Tracker(config, run.path) as tracker, terminal:
             SelfPlay(config, run, facts, prepared, hardware, players, proof, tracker, terminal, interrupts).play()
-    terminal.say(f"finished: the model is {last_model}")
+
+
+def _tell_of_the_end(run: RunDir, terminal: Terminal) -> None:
+    if run.marks("finished"):
+        terminal.say(_outcome(run))
+
+
+def _outcome(run: RunDir) -> str:
+    """How a finished run has ended, for the user."""
+    last, best = run.storage.name(run.model(len(run.marks("iteration")) - 1)), run.best()
+    why = "".join(f" early, {mark['reason']}" for mark in run.marks("stopped"))
+    return f"finished{why}: the model is {last}" + (f"; the best by its held-out numbers is {best}" if best not in (None, last) else "")
 
 
 class SelfPlay:
@@ -93,16 +110,21 @@ class SelfPlay:
         proof: Proof, tracker: Tracker, terminal: Terminal, interrupts: Interrupts,
     ):
         self._config, self._run, self._hardware, self._interrupts = config, run, hardware, interrupts
-        self._learner, self._first, self._last = players.learner, len(run.marks("iteration")), config.spin.num_iterations
-        self._overlap = Overlap(config, prepared.block_sizes, self._first)
-        self._threads = Threads(self._overlap.fail, self._learner.fail)
-        self._reports, self._reporting = Reports(self._act_on), Reporting(config, run, facts.chat, self._overlap, proof, tracker, terminal)
-        self._opponent = Opponent(
-            config, run, facts, hardware, players.pool, self._learner, self._overlap, self._threads, self._reporting,
-            prompts=prepared.train, heldout=prepared.heldout,
-        )
-        tokens_per_pair = 2 * float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
-        self._first_losses = FirstLosses(config, self._overlap, tokens_per_pair, tracker, terminal)
+        self._method, self._base_path = (method := method_of(config)), facts.path
+        self._learner, self._first, self._last = players.learner, len(run.marks("iteration")), method.num_iterations
+        self._overlap = overlap = Overlap(config, method, prepared.block_sizes, self._first)
+        self._threads = threads = Threads(overlap.fail, self._learner.fail)
+        self._reporting = reporting = Reporting(config, method, run, facts.chat, overlap, proof, tracker, terminal)
+        self._reports = Reports(self._act_on)
+        if players.pool is None:
+            self._opponent = Bystander(method, self._learner, overlap, threads, reporting, prepared.train)
+        else:
+            self._opponent = Opponent(
+                config, method, run, facts, hardware, players.pool, self._learner, overlap, threads, reporting,
+                prompts=prepared.train, heldout=prepared.heldout,
+            )
+        tokens_per_answer = float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
+        self._first_losses = FirstLosses(method, overlap, tokens_per_answer, tracker, terminal)
         self._rollbacks = Rollbacks(config, run, self._learner, tracker, terminal)
         self._all_trained = self._first == self._last
 
@@ -113,7 +135,13 @@ class SelfPlay:
             self._iterations()
             self._threads.finish()
         except Exception as error:
-            raise self._threads.original(error) from None
+            original = self._threads.original(error)
+            if isinstance(original, Enough):
+                self._run.mark("stopped", reason=str(original))
+                self._run.mark("finished")
+            if isinstance(original, Diverged):
+                self._run.mark("diverged", reason=str(original))
+            raise original from None
         finally:
             with suppress(ray.exceptions.RayError):  # a pool that has died must not hide why the run ends
                 self._reporting.spans(self._opponent.spans())
@@ -121,11 +149,10 @@ class SelfPlay:
         self._run.mark("finished")
 
     def _iterations(self) -> None:
-        opponent, probe = self._opponent, self._learner.post(self._opponent.probe())
+        opponent, asked = self._opponent, self._ask_for(self._first)
         training = self._post_training(self._first)
         opponent.start()
-        probed = in_background(self._learner.result, probe)
-        self._audit(self._first, self._reporting.wait_for(probed, self._threads, "the main player", f"{self._run.logs}/learner-0.log"))
+        self._audited(self._first, opponent.become(self._first, map(self._learner.result, asked)))
         self._reports.stands(self._first, group=0)
         opponent.evaluate_the_one_before(self._first)
         opponent.release(self._first, {})  # lines 3-5: theta_t answers every prompt
@@ -144,14 +171,17 @@ class SelfPlay:
         """Line 6: theta_{t+1} = argmin over the pairs of iteration t (and t - 1). Posted early: the workers wait for the blocks."""
         if t == self._last:
             return None
-        config, spin, overlap = self._config, self._config.spin, self._overlap
+        method, overlap = self._method, self._overlap
         return self._learner.post(Train(
-            iteration=t, block_sizes=tuple(block.size for block in overlap.blocks(t)), num_epochs=spin.num_epochs,
-            num_steps=overlap.num_steps(t),
-            loss_fn=functools.partial(spin_loss, beta=config.beta(t), loss=spin.loss, nll_weight=spin.nll_weight),
-            normalizer=len, lr=config.lr(t), scorer=config.reference.scorer,
+            iteration=t, block_sizes=tuple(block.size for block in overlap.blocks(t)), num_epochs=method.num_epochs(t),
+            num_steps=overlap.num_steps(t), objective=method.objective(t), lr=method.lr(t), scorer=method.scorer,
+            base_path=self._base_path if method.mixes_in_base(t) else None,
             wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t), progress_path=str(self._run.progress(t)),
         ))
+
+    def _ask_for(self, version: int) -> list[int]:
+        """Post what the learner has to do before theta_version can be the opponent."""
+        return [self._learner.post(command) for command in self._opponent.asks(version)]
 
     def _become_opponent(self, version: int, training: int) -> Made:
         """theta_{t+1} becomes the opponent: durable on disk, loaded by the samplers, audited, marked.
@@ -160,17 +190,15 @@ class SelfPlay:
         weights: the report, what is on disk, what the samplers hold and what is marked are always of one and the same theta_{t+1}.
         """
         run, t, learner, opponent = self._run, version - 1, self._learner, self._opponent
-        commands = Publish(Version(version)), opponent.probe(), Save(str(run.model(t)), str(run.checkpoint(t)))
-        publish, probe, save = [learner.post(command) for command in commands]
+        asked, save = self._ask_for(version), learner.post(Save(str(run.model(t)), str(run.checkpoint(t))))
         next_training = self._post_training(version)
         moved = False
         while not moved:
             group = None
             while group != (group := learner.group()):  # again until one and the same group has answered it all
                 try:
-                    report, weights = self._result(training), self._result(publish)
-                    opponent.load(weights)
-                    audit = self._audit(version, self._result(probe))  # while the main player writes its files
+                    report = self._result(training)
+                    audit = opponent.become(version, map(self._result, asked))  # while the main player writes its files
                     self._result(save)
                 except WeightsLost:
                     learner.wait_for_group_after(group)
@@ -181,20 +209,18 @@ class SelfPlay:
             run.storage.commit(run.checkpoint(t))
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
             moved = learner.move_base(Base(str(run.model(t)), masters, first_command=save + 1, iteration=version), group)
-        opponent.saved(weights, str(run.model(t)))
-        run.mark("iteration", iteration=t, report=asdict(report), audit=asdict(audit), tied_names=dict(weights.tied_names))
-        run.drop_outdated(self._config.run)
+        self._audited(version, audit)
+        run.mark("iteration", iteration=t, report=asdict(report), audit=audit and asdict(audit), **opponent.saved(str(run.model(t))))
+        run.drop_outdated(self._config.run, self._method.needed(version))
         return Made(report, group, next_training)
+
+    def _audited(self, version: int, audit: Audit | None) -> None:
+        if version < self._last:
+            self._first_losses.audited(version, audit)
 
     def _result(self, key: int) -> Any:
         """What the learner has to answer at an iteration's border, where a new group of workers may train once more first."""
         return follow(self._learner, key, self._reports.arrived, self._interrupts, patience_s=math.inf)
-
-    def _audit(self, version: int, probed: list[np.ndarray]) -> Audit:
-        audit = self._opponent.audit(Version(version), probed)
-        if version < self._last:
-            self._first_losses.audited(version, audit)
-        return audit
 
     def _act_on(self, report: StepRecord | Span | Saving | Divergence | Proved) -> None:
         """What the learner's workers report, when it is its turn."""
@@ -205,7 +231,7 @@ class SelfPlay:
                 self._reporting.spans([report])
             case StepRecord():
                 if report.step == 0:
-                    self._first_losses.judge(report.iteration, report.metrics["spin_loss"])
+                    self._first_losses.judge(report.iteration, first_losses(report.metrics))
                 self._reporting.step(report)
             case Divergence():
                 with self._opponent.voiding_snapshot(report.iteration, report.step) as played_ahead:
@@ -215,7 +241,7 @@ class SelfPlay:
         """Iteration t is over; returns what the table says of its training."""
         for record in self._learner.drain():
             self._reports.arrived(record)
-        self._first_losses.judge_at_the_end(t, report.first_loss)
+        self._first_losses.judge_at_the_end(t, (report.first_loss, report.expected_first_loss))
         self._reporting.spans(self._opponent.spans())
         return self._reporting.trained(t, report, num_restarts=self._opponent.num_restarts())
 

@@ -19,7 +19,7 @@ import torch
 
 from spin_ray.address import check_ray_address
 from spin_ray.config import Config
-from spin_ray.errors import BadInput, RunStopped, in_one_line
+from spin_ray.errors import BadInput, Enough, RunStopped, in_one_line
 from spin_ray.exits import flush_output, lead_nowhere
 from spin_ray.placement import Hardware, choose_hardware, learner_goes_first
 from spin_ray.places import remove_short_folder, short_folder, spill_folder
@@ -81,7 +81,7 @@ def _started(config: Config, *, samplers: bool, learner: bool) -> Iterator[bool]
             )
             yield learner_first
         except Exception as error:
-            if not isinstance(error, BadInput):
+            if not isinstance(error, (BadInput, Enough)):
                 _keep_logs(folder, config.run_path / "logs" / "ray")
             raise
 
@@ -182,7 +182,7 @@ def leave(code: int) -> None:
 def first_error(error: BaseException) -> BaseException:
     """Under the wrappings of Ray, Ray Data and Ray Train, the error that started it all."""
     seen = {id(error)}
-    while not isinstance(error, (BadInput, RunStopped)) or isinstance(error, ray.exceptions.RayError):
+    while not isinstance(error, (BadInput, Enough, RunStopped)) or isinstance(error, ray.exceptions.RayError):
         failures = getattr(error, "worker_failures", None) or {}
         inner = next(iter(failures.values()), None) or getattr(error, "cause", None) or error.__cause__
         if not isinstance(inner, BaseException) or id(inner) in seen:

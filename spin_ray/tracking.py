@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.config import Config, flatten
-from spin_ray.errors import BadInput, in_one_line
+from spin_ray.errors import BadInput, Enough, in_one_line
 from spin_ray.imports import without_gc
 from spin_ray.storage import readable_disk_errors
 
@@ -60,6 +60,7 @@ class Tracker:
         try:
             self._wandb = wandb.init(
                 mode=_mode(config), project=config.tracking.wandb.project, entity=config.tracking.wandb.entity or None,
+                group=config.tracking.wandb.group or None,
                 name=config.run.name, id=_stable_id(run_path / "wandb_id"), resume="allow", dir=str(run_path), config=flatten(config),
                 settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
             )
@@ -75,7 +76,20 @@ class Tracker:
         named = {f"{group}/{name}": value for name, value in metrics.items()}
         with self._lock, readable_disk_errors(Path(self._file.name)):  # the players' threads log side by side
             self._file.write(json.dumps({"time": round(time.time(), 3), **stamp, **named}) + "\n")
-            self._wandb.log({**stamp, **named})
+            self._wandb.log({**stamp, **{name: self._for_wandb(value) for name, value in named.items()}})
+
+    @staticmethod
+    def _for_wandb(value: Any) -> Any:
+        """A list is a histogram of the margin: shares between `MARGIN_EDGES`."""
+        if not isinstance(value, list):
+            return value
+        import numpy as np
+        import wandb
+
+        from spin_ray.losses import MARGIN_EDGES
+
+        edges = 2 * MARGIN_EDGES[0], *MARGIN_EDGES, 2 * MARGIN_EDGES[-1]  # the outer bins have no end; a picture needs one
+        return wandb.Histogram(np_histogram=(np.array(value), np.array(edges)))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A small table, to W&B only."""
@@ -97,7 +111,7 @@ class Tracker:
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         with self._lock:
             self._file.close()
-            self._wandb.finish(exit_code=int(error is not None))
+            self._wandb.finish(exit_code=int(error is not None and not issubclass(error, Enough)))
 
 
 def _stable_id(path: Path) -> str:

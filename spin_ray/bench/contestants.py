@@ -22,7 +22,7 @@ import torch
 
 from spin_ray.bench.workload import load_pairs
 from spin_ray.learner.meters import peak_resident_gib
-from spin_ray.losses import PairLogps, spin_loss
+from spin_ray.losses import PairObjective
 from spin_ray.records import Pair, opponent_reference
 
 
@@ -95,11 +95,11 @@ def ours(folder: Path, settings: Settings, batches: list[list[Pair]], turns: Tur
     hardware = Hardware(settings.device, settings.dtype, 0, int(cuda), 1e-3, not cuda, 1, backend)
     player = MainPlayer(str(folder / "model"), config, hardware)
     player.begin_iteration()
-    loss_fn = functools.partial(spin_loss, beta=settings.beta)
+    objective = PairObjective(settings.beta)
     for batch in batches:
         turns.wait()
-        references = np.array([opponent_reference(pair) for pair in batch])
-        metrics = player.step(batch, references, loss_fn=loss_fn, lr=settings.lr, normalizer=len(batch))
+        references = np.array([[opponent_reference(pair)] for pair in batch])
+        metrics = player.step(batch, references, objective=objective, lr=settings.lr)
         turns.report(metrics["loss"], mfu=metrics.get("mfu", 0.0))
     dist.destroy_process_group()
 
@@ -119,9 +119,9 @@ def naive(folder: Path, settings: Settings, batches: list[list[Pair]], turns: Tu
         total = 0.0
         for pair in batch:
             real, generated = (_naive_logp(model, pair.prompt_ids, answer) for answer in (pair.real_ids, pair.generated_ids))
-            opponent = [real.new_tensor([a.sum(dtype=np.float64)]) for a in (pair.opponent_real_logps, pair.opponent_generated_logps)]
-            logps = PairLogps(real[None], generated[None], *opponent, real.new_tensor([len(pair.real_ids)]))
-            loss = spin_loss(logps, beta=settings.beta)[0].sum() / len(batch)
+            known = [float(a.sum(dtype=np.float64)) for a in (pair.opponent_real_logps, pair.opponent_generated_logps)]
+            margin = settings.beta * ((real - known[0]) - (generated - known[1]))
+            loss = torch.nn.functional.softplus(-margin) / len(batch)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)

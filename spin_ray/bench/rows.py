@@ -54,7 +54,7 @@ def _prepare(path: Path, folder: Path) -> int:
     config, _ = load_config("conf/demo.yaml", [f"data.train={path}", "data.eval=", "data.max_prompts=0", f"run.dir={folder}"])
     facts, before = inspect_model(config), peak_resident_gib()
     begun = time.monotonic()
-    prepared = prepare(config, RunDir.open(config, "run"), facts, Proof(), Terminal(sys.stderr))
+    prepared = prepare(config, RunDir.open(config), facts, Proof(), Terminal(sys.stderr))
     tokens = sum(len(prompt.prompt_ids) + len(prompt.real_ids) for prompt in prepared.train)
     print(json.dumps({
         "seconds": time.monotonic() - begun, "peak_gib": peak_resident_gib(), "imports_gib": before,

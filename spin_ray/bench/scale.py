@@ -90,7 +90,7 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     ])
     speed = num_prompts / generation_s / case.num_replicas * (1 + 1 / SCORES_PER_SAMPLE)  # sampling and scoring y (replay may) fill it
     rates = [2 * num_prompts * (1 + (t > 0)) / seconds for t, seconds in enumerate(training_s)]
-    run = RunDir.open(config, "run")
+    run = RunDir.open(config)
     os.environ["WANDB_MODE"] = "disabled"
     with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
         play(config, run, speed, rates, num_prompts)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.bench.common import print_result, run_command, run_spin
-from spin_ray.config import Config, load_config
+from spin_ray.config import Config, at, load_config
 from spin_ray.demo import resolve
+from spin_ray.methods import method_of
 from spin_ray.placement import choose_hardware
 
 
@@ -43,11 +44,11 @@ def main(argv: Sequence[str]) -> int:
 
 def script_way(config: Config, folder: Path) -> list[dict[str, Any]]:
     """Play all iterations by scripts; returns each process's stage, iteration and wall seconds."""
-    model, data, stages = resolve(config.model.path), resolve(config.data.train), []
+    model, data, stages, method = resolve(config.model.path), resolve(config.data.train), [], method_of(config)
     for t in range(config.spin.num_iterations):
         settings = json.dumps(_settings(config, t))
         pairs, trained = folder / f"pairs_{t}.jsonl", folder / f"model_{t}"
-        inputs = [folder / f"pairs_{k}.jsonl" for k in ((t - 1, t) if t and config.spin.replay else (t,))]
+        inputs = [folder / f"pairs_{k}.jsonl" for k in (*reversed(method.replayed(t)), t)]
         for stage, arguments in (("generate", (model, data, pairs, settings)), ("train", (model, trained, settings, *inputs))):
             begun = time.perf_counter()
             run_command("-m", "spin_ray.bench.script_way", stage, *arguments)
@@ -59,11 +60,11 @@ def script_way(config: Config, folder: Path) -> list[dict[str, Any]]:
 def _settings(config: Config, t: int) -> dict[str, Any]:
     import torch
 
-    hardware = choose_hardware(config, {"CPU": 1e6, "GPU": torch.cuda.device_count()})
+    hardware, spin = choose_hardware(config, {"CPU": 1e6, "GPU": torch.cuda.device_count()}), at(config.spin, t)
     return {
         "env": dict(hardware.sampler_env), "engine": dict(hardware.engine), "dtype": hardware.dtype, "cpu": hardware.device == "cpu",
         "max_model_len": config.data.max_prompt_tokens + max(config.data.max_answer_tokens, config.sampler.max_new_tokens),
-        "max_new_tokens": config.sampler.max_new_tokens, "nll_weight": config.spin.nll_weight, "beta": config.beta(t), "lr": config.lr(t),
-        "warmup_fraction": config.learner.warmup_fraction, "num_epochs": config.spin.num_epochs, "batch_pairs": config.learner.batch_pairs,
+        "max_new_tokens": config.sampler.max_new_tokens, "nll_weight": spin.nll_weight, "beta": spin.beta, "lr": spin.lr,
+        "warmup_fraction": config.learner.warmup_fraction, "num_epochs": spin.num_epochs, "batch_pairs": config.learner.batch_pairs,
         "seed": config.run.seed,
     }

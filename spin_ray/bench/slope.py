@@ -26,7 +26,7 @@ from spin_ray.bench.scale import play
 from spin_ray.chatter import captured_output
 from spin_ray.config import load_config
 from spin_ray.manifest import RunDir
-from spin_ray.selfplay import run_spin
+from spin_ray.selfplay import run_method
 from spin_ray.system import ray_cluster
 
 STORE = "object store"
@@ -58,11 +58,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]
         "tracking.wandb.mode=disabled",
     ])
     os.environ["WANDB_MODE"] = "disabled"
-    run, found = RunDir.open(config, "run"), {}
+    run, found = RunDir.open(config), {}
     watch = threading.Thread(target=look, args=(run, options.iterations - 1, found), daemon=True)
     watch.start()
     if options.real:
-        run_spin(config)
+        run_method(config)
     else:
         rates = [PAIRS_PER_S] * options.iterations
         with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):

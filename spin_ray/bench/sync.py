@@ -75,7 +75,7 @@ def measure(folder: Path, *, cycles: int) -> dict[str, Any]:
     config, _ = load_config("conf/demo.yaml", [
         f"run.dir={folder}", "run.name=sync", f"model.path={folder / 'model'}", "learner.zero_stage=0", "sampler.max_num_seqs=8",
     ])
-    run = RunDir.open(config, "run")
+    run = RunDir.open(config)
     with captured_output(run.logs / "driver.log"), ray_cluster(config) as hardware:
         publish_s, load_s, weights = play(config, run, hardware, cycles)
     memcpy = memcpy_rate(weights.num_bytes)

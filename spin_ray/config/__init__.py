@@ -7,18 +7,19 @@ A config is read once, checked, saved with the run and never written again. Impo
 
 from spin_ray.config.guard import AuditConfig, GuardConfig
 from spin_ray.config.inputs import DataConfig, ModelConfig
+from spin_ray.config.keys import at
 from spin_ray.config.learner import LearnerConfig
-from spin_ray.config.load import load_config
+from spin_ray.config.load import load_config, read_yaml, with_overrides
 from spin_ray.config.overlap import OverlapConfig, ReferenceConfig
 from spin_ray.config.run import RunConfig
 from spin_ray.config.sampler import SamplerConfig
 from spin_ray.config.schema import Config, check
-from spin_ray.config.spin import SftConfig, SpinConfig
+from spin_ray.config.spin import DpoConfig, PairLossConfig, SftConfig, SpinConfig
 from spin_ray.config.tracking import TrackingConfig, WandbConfig
 from spin_ray.config.values import differences, flatten, to_json
 
 __all__ = [
-    "AuditConfig", "Config", "DataConfig", "GuardConfig", "LearnerConfig", "ModelConfig", "OverlapConfig", "ReferenceConfig",
-    "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig", "WandbConfig",
-    "check", "differences", "flatten", "load_config", "to_json",
+    "AuditConfig", "Config", "DataConfig", "DpoConfig", "GuardConfig", "LearnerConfig", "ModelConfig", "OverlapConfig", "PairLossConfig",
+    "ReferenceConfig", "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig", "WandbConfig",
+    "at", "check", "differences", "flatten", "load_config", "read_yaml", "to_json", "with_overrides",
 ]

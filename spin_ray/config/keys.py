@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import field, fields, is_dataclass
+import math
+from dataclasses import field, fields, is_dataclass, replace
 from typing import Any
 
 from spin_ray.errors import BadInput
@@ -23,13 +24,43 @@ def one_of(default: Any, *, choices: tuple[Any, ...]) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
+def per_iteration(default: Any, *, above: float | None = None, least: float | None = None, whole: bool = False) -> Any:
+    """A number, or a list of one for every iteration: above or at least some number, perhaps a whole one."""
+    return field(default=default, metadata={_SCHEDULE: (above, least, whole)})
+
+
+_SCHEDULE = "schedule"
+
+
+def at(section: Any, iteration: int) -> Any:
+    """The section in one iteration: of every key that has a value per iteration that value."""
+    given = {key: getattr(section, key) for key in _scheduled(section)}
+    return replace(section, **{key: value[iteration] if isinstance(value, list) else value for key, value in given.items()})
+
+
+def check_schedules(section: Any, name: str, num_iterations: int) -> None:
+    """Raise BadInput for the first key of the section that has another number of values, or one that it does not take."""
+    for key, (above, least, whole) in _scheduled(section).items():
+        value, bound = getattr(section, key), f"above {above:g}" if above is not None else f"of at least {least:g}"
+        if isinstance(value, list) and len(value) != num_iterations:
+            raise BadInput(f"{name}.{key} has {len(value)} values for {num_iterations} iterations; give one value, or one per iteration")
+        for number in value if isinstance(value, list) else [value]:
+            fits = isinstance(number, int if whole else (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+            if not fits or (above is not None and number <= above) or (least is not None and number < least):
+                raise BadInput(f"{name}.{key}={value}: must be a {'whole ' * whole}number {bound}, or a list of one per iteration")
+
+
+def _scheduled(section: Any) -> dict[str, tuple[float | None, float | None, bool]]:
+    return {entry.name: entry.metadata[_SCHEDULE] for entry in fields(section) if _SCHEDULE in entry.metadata}
+
+
 def check_limits(section: Any, prefix: str = "") -> None:
     """Raise BadInput for the first value, of this section and of those in it, that its key does not take."""
     for entry in fields(section):
         key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
         if is_dataclass(value):
             check_limits(value, f"{key}.")
-        elif value is not None and (fault := _fault(value, **entry.metadata)):
+        elif value is not None and _SCHEDULE not in entry.metadata and (fault := _fault(value, **entry.metadata)):
             raise BadInput(f"{key}={value}: {fault}")
 
 

@@ -10,9 +10,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin_ray.config.schema import REQUIRED, Config, check
+from spin_ray.config.schema import PRESETS, REQUIRED, Config, check
 from spin_ray.config.values import flatten
 from spin_ray.errors import BadInput
+
+PRESETS_FOLDER = Path(__file__).parents[1] / "presets"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
@@ -21,6 +23,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     Returns the config and, for every dotted key, where its value came from: "default", the file, or "command line".
     Raises BadInput for an unreadable file, an unknown key (naming the nearest known one), or a value that makes no sense.
     """
+    in_file = _read(path)
+    given = _given(overrides)
+    layers = [(str(path), in_file), ("command line", given)]
+    return _merge([*_preset(layers), *layers])
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of keys and values that is no config, as plain values. Raises BadInput."""
+    return OmegaConf.to_object(_read(path))
+
+
+def with_overrides(path: str | Path, overrides: Sequence[str]) -> str:
+    """A config file with other values, as YAML that `load_config` reads. Raises BadInput as that does."""
+    return OmegaConf.to_yaml(OmegaConf.merge(_read(path), _given(overrides)))
+
+
+def _read(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such config file; the shipped ones are in conf/")
     try:
@@ -29,6 +48,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         raise BadInput(f"{path}: not a readable YAML file: {_one_line(error)}") from error
     if not OmegaConf.is_dict(in_file):
         raise BadInput(f"{path}: a config file holds keys and values, such as run: and model:; this one holds a list")
+    return in_file
+
+
+def _given(overrides: Sequence[str]) -> Any:
     given = OmegaConf.create()
     for override in overrides:
         if override.startswith("=") or "=" not in override:
@@ -38,7 +61,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         except Exception as error:  # the YAML reader's errors have no common base, and bytes that are no text come here too
             shown = override.encode(errors="backslashreplace").decode()
             raise BadInput(f"command line: {shown}: not a value in YAML: {_one_line(error)}; quotes help, as in key='\"[text\"'") from error
-    return _merge([(str(path), in_file), ("command line", given)])
+    return given
+
+
+def _preset(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The layer under all others, if one of them names a preset; a name that is none is left to be refused with the other values."""
+    name = next((layer.preset for _, layer in reversed(layers) if "preset" in layer), "")
+    return [(f"preset {name}", OmegaConf.load(PRESETS_FOLDER / f"{name}.yaml"))] if name in PRESETS else []
 
 
 def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:
@@ -70,7 +99,7 @@ def _refuse_missing(merged: Any, layers: list[tuple[str, Any]]) -> None:
         names = [key for key in flatten(Config()) if key in missing]
         are, them = ("is", "it") if len(names) == 1 else ("are", "them")
         raise BadInput(
-            f"{layers[0][0]}: {' and '.join(names)} {are} not set (??? there is a placeholder); give {them} in the file or as "
+            f"{layers[-2][0]}: {' and '.join(names)} {are} not set (??? there is a placeholder); give {them} in the file or as "
             f"{' '.join(f'{key}=...' for key in names)}"
         )
 

@@ -27,7 +27,7 @@ class RunConfig:
     max_steps: int = at_least(0, 0)
     """Stop every iteration after this many optimizer steps, to try a config out; 0: no limit."""
     keep_pairs_iterations: int = at_least(0, 0)
-    """Keep the pairs of this many newest iterations; 0: of all. The newest one's are always needed: the next one replays them."""
+    """Keep the pairs of this many newest iterations; 0: of all. What a later one replays is always kept."""
     keep_checkpoints: int = at_least(1, 1)
     """Keep the DeepSpeed checkpoints of this many newest iterations; only the newest is ever used. Models are all kept."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from spin_ray.config.keys import at_least, within
+from spin_ray.config.keys import at_least, per_iteration, within
 
 
 @dataclass
@@ -16,7 +17,8 @@ class SamplerConfig:
     gpus_per_replica: int | None = at_least(0, None)
     """None: tensor_parallel_size when the cluster has GPUs, else 0."""
     cpus_per_replica: float = at_least(0, 0.5)
-    temperature: float = at_least(0, 1.0)
+    temperature: Any = per_iteration(1.0, least=0)
+    """At which the opponent's answers are drawn, 0: greedy; one value, or one per iteration."""
     top_p: float = within("(0, 1]", 1.0)
     max_new_tokens: int = at_least(1, 256)
     """Longest generated answer, in tokens."""

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from spin_ray.config.guard import AuditConfig, GuardConfig
 from spin_ray.config.inputs import DataConfig, ModelConfig
-from spin_ray.config.keys import check_limits
+from spin_ray.config.keys import check_limits, check_schedules, one_of
 from spin_ray.config.learner import LearnerConfig
 from spin_ray.config.overlap import OverlapConfig, ReferenceConfig
 from spin_ray.config.run import RunConfig
 from spin_ray.config.sampler import SamplerConfig
-from spin_ray.config.spin import SftConfig, SpinConfig
+from spin_ray.config.spin import DpoConfig, SftConfig, SpinConfig
 from spin_ray.config.tracking import TrackingConfig
 from spin_ray.errors import BadInput
 
+PRESETS = ("paper", "careful")
+"""Files of the package, in presets/."""
 REQUIRED = ("model.path", "data.train")
 """What every command needs and nobody can guess."""
 
 
 @dataclass
 class Config:
+    preset: str = one_of("", choices=("", *PRESETS))
+    """Values under those of the file: paper, or careful (docs/study.md says why those)."""
+    method: str = one_of("spin", choices=("spin", "sft", "dpo"))
+    """spin: self-play; sft: supervised fine-tuning on the same rows; dpo: on preference rows (prompt, chosen, rejected)."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     spin: SpinConfig = field(default_factory=SpinConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -45,11 +51,10 @@ class Config:
         """The run's folder; on an object store the one that stands for it on every node."""
         return self.run.path
 
-    def beta(self, iteration: int) -> float:
-        return _one_of(self.spin.beta, iteration)
-
-    def lr(self, iteration: int) -> float:
-        return _one_of(self.spin.lr, iteration)
+    @property
+    def num_iterations(self) -> int:
+        """Of the method: only SPIN has more than one."""
+        return self.spin.num_iterations if self.method == "spin" else 1
 
     def num_steps(self, num_pairs: int, num_epochs: int) -> int:
         """Optimizer steps on so many pairs: every epoch ends with a batch of its own, however small."""
@@ -62,6 +67,9 @@ def check(config: Config) -> None:
     check_limits(config)
     for entry in fields(config):
         section = getattr(config, entry.name)
+        if is_dataclass(section):
+            iterations = 1 if entry.name in ("sft", "dpo") else config.spin.num_iterations
+            check_schedules(section, entry.name, iterations)
         if hasattr(section, "check"):
             section.check()
     if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":
@@ -70,6 +78,3 @@ def check(config: Config) -> None:
             "at once, but that scorer starts only when all blocks are there; choose opponent or frozen"
         )
 
-
-def _one_of(value: Any, iteration: int) -> float:
-    return float(value[iteration] if isinstance(value, list) else value)

@@ -13,6 +13,8 @@ class WandbConfig:
     """online, offline or disabled; the environment's WANDB_MODE wins."""
     project: str = "spin_ray"
     entity: str = ""
+    group: str = ""
+    """W&B shows the runs of a group together; a search gives its trials its own name."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from spin_ray.config.schema import Config
 
 RESUME_MAY_CHANGE = (
-    "tracking.", "run.dir", "run.scratch", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers",
+    "preset", "tracking.", "run.dir", "run.scratch", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers",
     "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.gpu", "sampler.cpus_per_replica", "sampler.max_num_seqs",
     "sampler.request_timeout_s", "sampler.heartbeat_timeout_s", "sampler.max_restarts", "sampler.restart_window_s",
     "learner.gpus_per_worker", "learner.cpus_per_worker", "learner.pack_tokens", "learner.activation_checkpointing",
@@ -42,6 +42,6 @@ def _flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_json(config: Config, command: str) -> str:
-    """The resolved config and the command that uses it as indented JSON, for config.json."""
-    return json.dumps({"command": command, **dataclasses.asdict(config)}, indent=2) + "\n"
+def to_json(config: Config) -> str:
+    """The resolved config as indented JSON, for config.json."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

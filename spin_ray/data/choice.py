@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spin_ray.chat import Message
@@ -20,19 +20,34 @@ class Chosen:
     places: list[int]
     skipped: Counter[str]
     """Turns that would have been chosen, by what speaks against them."""
+    rejected: Chosen | None = None
+    """The worse answer to the same prompt, in preference rows."""
 
     def problem(self, place: int) -> ValueError | None:
         return None if self._has_text(place) else ValueError("empty answer")
 
     def requests(self) -> Iterator[tuple[list[Message], str | Message, list[Any] | None]]:
-        """(prompt, answer, tools) of every turn that has text; a turn of role and content only is its text."""
+        """(prompt, answer, tools) of every turn that has text; a turn of role and content only is its text. A rejected one comes last."""
         messages = self.dialogue.messages
         for place in filter(self._has_text, self.places):
             answer = messages[place]
             yield messages[:place], answer["content"] if len(answer) == 2 else answer, self.dialogue.tools
+        if self.rejected:
+            yield from self.rejected.requests()
 
     def _has_text(self, place: int) -> bool:
         return bool(self.dialogue.turns[place].message["content"].strip())
+
+
+def choose_preference(dialogue: Dialogue) -> Chosen:
+    """The last turn of a preference row, with the rejected one. Raises ValueError if they do not answer the same prompt."""
+    better, worse = (choose(each, "last") for each in (dialogue, replace(dialogue, turns=dialogue.rejected, rejected=None)))
+    prompts = [one.dialogue.messages[: one.places[0]] for one in (better, worse)]
+    if prompts[0] != prompts[1]:
+        raise ValueError("chosen and rejected do not answer the same prompt")
+    if better.dialogue.turns[better.places[0]] == worse.dialogue.turns[worse.places[0]]:
+        raise ValueError("chosen and rejected are the same answer")
+    return replace(better, rejected=worse)
 
 
 def choose(dialogue: Dialogue, which: str) -> Chosen:

@@ -21,7 +21,7 @@ import numpy as np
 
 from spin_ray.chat import ChatFormat, Row
 from spin_ray.config import Config, DataConfig
-from spin_ray.data.choice import Chosen, choose
+from spin_ray.data.choice import Chosen, choose, choose_preference
 from spin_ray.data.columns import count_ignored
 from spin_ray.data.files import read_rows, same_rows
 from spin_ray.data.progress import Progress
@@ -76,23 +76,26 @@ def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = Non
 
 def load_train(config: Config, chat: ChatFormat, say: Say, show: Say | None = None) -> tuple[list[Prompt], dict[str, int]]:
     """`load_prompts` of data.train, and a line for the user."""
-    data = config.data
-    prompts, counts = load_prompts(data.train, data, chat, seed=config.run.seed, limit=data.max_prompts, say=say, show=show)
+    data, preferences = config.data, config.method == "dpo"
+    prompts, counts = load_prompts(
+        data.train, data, chat, seed=config.run.seed, limit=data.max_prompts, preferences=preferences, say=say, show=show
+    )
     say(counted(data.train, counts))
     return prompts, counts
 
 
 def load_prompts(
-    source: str, config: DataConfig, chat: ChatFormat, *, seed: int, limit: int = 0, split: str = "",
+    source: str, config: DataConfig, chat: ChatFormat, *, seed: int, limit: int = 0, split: str = "", preferences: bool = False,
     say: Say | None = None, show: Say | None = None,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Read and tokenise `source`; returns prompts in seeded order and the count of rows under every rule.
 
     `prompt_id` is the position in the returned list. `limit` > 0 keeps the first that many. `split` is data.split if empty.
-    `say` gets the first of the rows that were dropped as bad; `show` how far a long reading has got, each in place of the last.
+    With `preferences` rows must have a rejected answer too. `say` gets the first of the rows that were dropped as bad; `show` how far a
+    long reading has got, each in place of the last.
     Raises BadInput naming file and line for the first row a rule refuses, or if nothing is left.
     """
-    rows, loading = read_rows(source, split or config.split), _Loading(config, chat)
+    rows, loading = read_rows(source, split or config.split), _Loading(config, chat, preferences)
     with Progress(source, show) as progress:
         while batch := list(itertools.islice(rows, BATCH_ROWS)):
             loading.add(batch)
@@ -109,16 +112,17 @@ def load_prompts(
     return prompts, dict(counts) | dict(loading.notes)
 
 
-def first_rows(source: str, config: DataConfig, split: str, count: int) -> list[Row]:
+def first_rows(source: str, config: DataConfig, split: str, count: int, *, preferences: bool = False) -> list[Row]:
     """The first dialogues of a source, as `ChatFormat.encode_many` takes them; rows that a rule refuses are passed over."""
-    chosen = (_chosen(row, config) for _, row in read_rows(source, split))
+    chosen = (_chosen(row, config, preferences) for _, row in read_rows(source, split))
     requests = (request for one in chosen if isinstance(one, Chosen) for request in one.requests())
     return list(itertools.islice(requests, count))
 
 
-def _chosen(row: Mapping[str, Any], config: DataConfig) -> Chosen | ValueError:
+def _chosen(row: Mapping[str, Any], config: DataConfig, preferences: bool) -> Chosen | ValueError:
     try:
-        return choose(read_dialogue(row, config.ignore_columns), config.turns)
+        dialogue = read_dialogue(row, config.ignore_columns, preferences=preferences)
+        return choose_preference(dialogue) if preferences else choose(dialogue, config.turns)
     except ValueError as error:
         return error
 
@@ -141,14 +145,14 @@ def counted(source: str, counts: Mapping[str, int]) -> str:
 class _Loading:
     """The rows that have been read so far: what is kept of each, and how they are counted."""
 
-    def __init__(self, config: DataConfig, chat: ChatFormat) -> None:
-        self._config, self._chat = config, chat
+    def __init__(self, config: DataConfig, chat: ChatFormat, preferences: bool) -> None:
+        self._config, self._chat, self._preferences = config, chat, preferences
         self.counts: Counter[str] = Counter(rows=0, kept=0)
         self.notes: Counter[str] = Counter()
         """What the chat format has to say of the dialogues."""
         self.first_bad = ""
         self._ids, self._ends = array("i"), array("q", [0])
-        """All ids, prompt behind answer behind prompt, and where each ends."""
+        """All ids, row by row prompt, answer and (perhaps empty) rejected answer, and where each ends."""
         self._answers: list[str | None] = []
         self._seen: set[bytes] = set()
 
@@ -157,7 +161,7 @@ class _Loading:
 
     def add(self, rows: Sequence[tuple[str, Any]]) -> None:
         """Take the next rows in. Raises BadInput for the first that a rule refuses."""
-        read = [_chosen(row, self._config) for _, row in rows]
+        read = [_chosen(row, self._config, self._preferences) for _, row in rows]
         requests = [request for chosen in read if isinstance(chosen, Chosen) for request in chosen.requests()]
         encoded = iter(self._chat.encode_many(requests, self.notes))
         for (where, _), chosen in zip(rows, read, strict=True):
@@ -165,9 +169,12 @@ class _Loading:
             if isinstance(chosen, ValueError):
                 self._drop_bad(where, [chosen], "dropped_bad")
             else:
-                self._take(where, chosen, [chosen.problem(place) or next(encoded) for place in chosen.places])
+                items = [chosen.problem(place) or next(encoded) for place in chosen.places]
+                if chosen.rejected:
+                    items = [_preference(*items, chosen.rejected.problem(chosen.rejected.places[0]) or next(encoded))]
+                self._take(where, chosen, items)
 
-    def _take(self, where: str, chosen: Chosen, encoded: Sequence[tuple[Sequence[int], Sequence[int]] | ValueError]) -> None:
+    def _take(self, where: str, chosen: Chosen, encoded: Sequence[tuple[Sequence[int], ...] | ValueError]) -> None:
         count_ignored(self.counts, chosen.dialogue.ignored)
         bad = [item for item in encoded if isinstance(item, ValueError)]
         if bad:
@@ -175,11 +182,11 @@ class _Loading:
         if len(bad) == len(encoded):
             return
         self.counts.update(chosen.skipped)  # adds
-        if chosen.dialogue.preferred:
+        if chosen.dialogue.preferred and not chosen.rejected:
             self.counts["answers_from_chosen"] += 1
         for item in encoded:
             if not isinstance(item, ValueError):
-                self._keep(where, *item, chosen.dialogue.answer)
+                self._keep(where, chosen.dialogue.answer, *item)
 
     def _drop_bad(self, where: str, errors: Sequence[ValueError], rule: str) -> None:
         what = f"{where}: {_printable(errors[0])}"
@@ -189,19 +196,21 @@ class _Loading:
         self.first_bad = self.first_bad or what
         self.counts[rule] += 1 if rule == "dropped_bad" else len(errors)
 
-    def _keep(self, where: str, prompt_ids: Sequence[int], real_ids: Sequence[int], answer: str | None) -> None:
-        rule = _too_long(prompt_ids, real_ids, self._config)
+    def _keep(
+        self, where: str, answer: str | None, prompt_ids: Sequence[int], real_ids: Sequence[int], rejected_ids: Sequence[int] = (),
+    ) -> None:
+        rule = _too_long(prompt_ids, max(real_ids, rejected_ids, key=len), self._config)
         if rule and self._config.long_rows == "refuse":
             raise BadInput(f"{where}: {rule}; data.long_rows=drop counts and drops such rows")
         if rule:
             self.counts["dropped_long_prompt" if rule.startswith("prompt") else "dropped_long_answer"] += 1
             return
-        key = _digest(prompt_ids, real_ids)
+        key = _digest(prompt_ids, real_ids, rejected_ids)
         self.counts["duplicates"] += key in self._seen
         if key in self._seen and self._config.duplicate_rows == "drop":
             return
         self._seen.add(key)
-        for ids in (prompt_ids, real_ids):
+        for ids in (prompt_ids, real_ids, rejected_ids):
             self._ids.extend(ids)
             self._ends.append(len(self._ids))
         self._answers.append(answer)
@@ -215,7 +224,7 @@ class _Loading:
             view = ids[ends[k] : ends[k + 1]]
             return view.copy() if few else view
 
-        return [Prompt(k, part(2 * i), part(2 * i + 1), self._answers[i]) for k, i in enumerate(map(int, order))]
+        return [Prompt(k, part(3 * i), part(3 * i + 1), self._answers[i], part(3 * i + 2)) for k, i in enumerate(map(int, order))]
 
 
 def _printable(error: Exception) -> str:
@@ -231,9 +240,23 @@ def _too_long(prompt_ids: Sequence[int], real_ids: Sequence[int], config: DataCo
     return None
 
 
-def _digest(prompt_ids: Sequence[int], real_ids: Sequence[int]) -> bytes:
-    """16 bytes that stand for a prompt and its answer; two of a billion rows have the same with a chance of 1e-21."""
-    return blake2b(array("i", [len(prompt_ids), *prompt_ids, *real_ids]).tobytes(), digest_size=16).digest()
+def _preference(
+    better: tuple[Sequence[int], Sequence[int]] | ValueError, worse: tuple[Sequence[int], Sequence[int]] | ValueError
+) -> tuple[Sequence[int], ...] | ValueError:
+    """(prompt, chosen, rejected) of two encoded answers, or what is wrong with them."""
+    if isinstance(better, ValueError):
+        return better
+    if isinstance(worse, ValueError):
+        return ValueError(f"rejected: {worse}")
+    if list(better[0]) != list(worse[0]):
+        return ValueError("the chat template renders another prompt before the rejected answer than before the chosen one")
+    return *better, worse[1]
+
+
+def _digest(prompt_ids: Sequence[int], *answers: Sequence[int]) -> bytes:
+    """16 bytes that stand for a prompt and its answers; two of a billion rows have the same with a chance of 1e-21."""
+    lengths = [len(ids) for ids in (prompt_ids, *answers)]
+    return blake2b(array("i", [*lengths, *itertools.chain(prompt_ids, *answers)]).tobytes(), digest_size=16).digest()
 
 
 def _warn_of_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt], data: DataConfig, say: Say) -> dict[str, int]:

@@ -4,7 +4,7 @@
 |---|---|
 | messages, conversations, conversation, dialogue or dialog: a list of messages, or its JSON text | as it stands |
 | real (SPIN's own; generated is ignored) | as it stands |
-| prompt + response, completion or chosen | text, or messages; with chosen, rejected is ignored |
+| prompt + response, completion or chosen | text, or messages; with chosen, rejected is ignored, or in DPO the worse answer |
 | instruction (+ input or context) + output, response or chosen | Alpaca, Dolly: what follows the instruction is set off by a blank line |
 | question or query + response, answer or chosen; problem + solution; input + output | a question and its answer |
 | chosen alone | preference rows whose chosen holds the prompt too |
@@ -60,6 +60,8 @@ class Dialogue:
     """Names of columns (`source`) and keys of messages (`messages.id`) that were passed over."""
     preferred: bool = False
     """Whether the answer is the better one of two (`chosen`)."""
+    rejected: list[Turn] | None = None
+    """The same dialogue with the worse one, where that is asked for."""
 
     @property
     def messages(self) -> list[Message]:
@@ -71,20 +73,34 @@ def to_messages(row: Mapping[str, Any], ignore_columns: Iterable[str] = ()) -> l
     return read_dialogue(row, ignore_columns).messages
 
 
-def read_dialogue(row: Mapping[str, Any], ignore_columns: Iterable[str] = ()) -> Dialogue:
-    """A row as a dialogue. Raises ValueError for a format or a column that is not known, naming it."""
+def read_dialogue(row: Mapping[str, Any], ignore_columns: Iterable[str] = (), *, preferences: bool = False) -> Dialogue:
+    """A row as a dialogue. Raises ValueError for a format or a column that is not known, naming it.
+
+    With `preferences` a row must have two answers, and both are read.
+    """
     sieve = Sieve(ignore_columns)
     row = sieve.shown(row)
     given = present(row)
-    form, used = _form(given, row)
-    turns = _read_form(form, used, row, sieve)
-    turns = _with_history(turns, _take(given, ("history",)), sieve)
-    turns = _with_system(turns, _take(given, SYSTEM))
+    form, used = _form({name: value for name, value in given.items() if name not in WHOLE} if preferences else given, row)
+
+    def dialogue(row: Mapping[str, Any], sieve: Sieve) -> list[Turn]:
+        turns = _with_history(_read_form(form, used, row, sieve), _take(given, ("history",)), sieve)
+        return _with_system(turns, _take(given, SYSTEM))
+
+    turns, rejected = dialogue(row, sieve), None
+    if preferences:
+        if "chosen" not in used or "rejected" not in given:
+            raise ValueError(f"no chosen and rejected beside the prompt; this row has {', '.join(map(str, given))}")
+        try:
+            rejected = dialogue({**row, "chosen": row["rejected"]}, Sieve(ignore_columns))
+        except ValueError as error:
+            raise ValueError(str(error).replace("chosen", "rejected")) from error
+        used = [*used, "rejected"]
     tools, answer = _tools(given), None if "answer" in used else _checkable(given)
     for name, value in given.items():
         if name not in used and name not in _BESIDE:
             _pass_over(name, value, turns, used, sieve)
-    return Dialogue(turns, tools, answer, sieve.ignored, "chosen" in used)
+    return Dialogue(turns, tools, answer, sieve.ignored, "chosen" in used, rejected)
 
 
 def _form(given: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -137,7 +137,7 @@ def build_sft(tokenizer: PreTrainedTokenizerFast) -> None:
     conf = HERE.parents[1] / "conf" / "demo_sft.yaml"
     with tempfile.TemporaryDirectory() as runs:
         subprocess.run([sys.executable, "-m", "spin_ray", "sft", str(conf), f"run.dir={runs}"], check=True)
-        save(LlamaForCausalLM.from_pretrained(f"{runs}/demo_sft/model"), tokenizer, HERE / "sft")
+        save(LlamaForCausalLM.from_pretrained(f"{runs}/demo_sft/iter_000/model"), tokenizer, HERE / "sft")
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -65,16 +65,16 @@ def pair_mismatch(audit: Audit, tokens_per_pair: float) -> float:
     return 4 * audit.rms_nats * math.sqrt(tokens_per_pair) + abs(audit.bias_nats) * tokens_per_pair
 
 
-def check_first_loss(iteration: int, loss: float, *, at_zero: float, mismatch: float) -> float:
-    """Invariant 2: at the first step main player and opponent are the same model, so the loss is l(0). Returns the deviation.
+def check_first_loss(iteration: int, loss: float, *, expected: float, mismatch: float) -> float:
+    """Invariant 2: at the first step main player and opponent are the same model, so the loss is known. Returns the deviation.
 
-    `mismatch` is beta times `pair_mismatch`: as |dl/dz| <= 1 at 0, the audit explains that much; 1e-3 covers the arithmetic.
-    Raises FirstLossError past it.
+    `mismatch` is how far `pair_mismatch` moves the loss, whose slope grows with it where it is above 1 (the exponential's): the audit
+    explains that much; 1e-3 of the loss covers the arithmetic. Raises FirstLossError past it.
     """
-    deviation = abs(loss - at_zero)
-    if not deviation <= 1e-3 + mismatch:
+    deviation, allowed = abs(loss - expected), (1e-3 + mismatch) * max(1.0, abs(expected))
+    if not deviation <= allowed:
         raise FirstLossError(
-            f"first loss of iteration {iteration} is {loss:.6f}, expected {at_zero:.6f} ± {1e-3 + mismatch:.6f}, because main player and "
+            f"first loss of iteration {iteration} is {loss:.6f}, expected {expected:.6f} ± {allowed:.6f}, because main player and "
             "opponent are the same model there; sampler and learner disagree about weights, template or log-probs"
         )
     return deviation

@@ -29,7 +29,19 @@ from spin_ray.errors import BadInput, Diverged
 from spin_ray.manifest import RunDir
 from spin_ray.overlap import BlockSpec
 from spin_ray.placement import PLAY_TASK_CPUS, play_processes
-from spin_ray.records import PAIR_SCHEMA, PROMPT_SCHEMA, Completion, Pair, Prompt, SamplingSettings, Version, from_table, to_table
+from spin_ray.records import (
+    NO_LOGPS,
+    NO_TOKENS,
+    PAIR_SCHEMA,
+    PROMPT_SCHEMA,
+    Completion,
+    Pair,
+    Prompt,
+    SamplingSettings,
+    Version,
+    from_table,
+    to_table,
+)
 from spin_ray.sampler.pool import PLAY
 from spin_ray.storage import DISK, Disk
 
@@ -40,11 +52,14 @@ class PlayPlan:
 
     run: RunDir
     pool: Any
-    settings: SamplingSettings
+    settings: Sequence[SamplingSettings]
+    """Of every iteration."""
     score: bool = True
     """Whether the opponent computes the references; if not, the learner does, and the pairs carry none."""
     max_steps_early: int = 0
     """How stale a pair may be: 0 but in `lookahead`."""
+    anchored: bool = False
+    """Whether pairs also carry what theta_0 answered."""
 
 
 def write_prompts(run: RunDir, prompts: Sequence[Prompt], block_prompts: int) -> list[int]:
@@ -135,7 +150,8 @@ class PlayBlock:
         if (finished := await asyncio.to_thread(pairs_on_disk, path, storage)) is not None:
             return finished
         await plan.pool.released.remote(block.version)  # a replayed block's pairs are all on disk by then
-        table = to_table(await {"block": sample_pairs, "replay": rescore_pairs}[block.kind](plan, block), PAIR_SCHEMA)
+        pairs = await (rescore_pairs if block.age else sample_pairs)(plan, block)
+        table = to_table(await with_anchors(plan, block, pairs) if plan.anchored else pairs, PAIR_SCHEMA)
         check_logps(block, table)
         await asyncio.to_thread(write_table, path, table, storage)
         return await asyncio.to_thread(read_pairs, path)
@@ -144,25 +160,28 @@ class PlayBlock:
 async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and, where replay has not, the real one."""
     prompts = await asyncio.to_thread(read_prompts, plan.run.prompts(block.index), plan.run.storage)
-    drawn = plan.pool.sample.remote(block.version, [p.prompt_ids for p in prompts], plan.settings, PLAY, block.place)
+    drawn = plan.pool.sample.remote(block.version, [p.prompt_ids for p in prompts], plan.settings[block.iteration], PLAY, block.place)
     if not plan.score:
-        return [_pair(block, p, c, _NOT_SCORED, _NOT_SCORED) for p, c in zip(prompts, await drawn, strict=True)]
+        return [_pair(block, p, c, NO_LOGPS, NO_LOGPS) for p, c in zip(prompts, await drawn, strict=True)]
     completions, real_logps = await asyncio.gather(drawn, _score_real(plan, block, prompts))
     return [_pair(block, p, c, real, c.logps) for p, c, real in zip(prompts, completions, real_logps, strict=True)]
 
 
-async def _score_real(plan: PlayPlan, block: BlockSpec, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """The real answers' log-probs: those of this iteration's replay of the same prompts, which comes first, or by a prefill each."""
+async def _score_real(plan: PlayPlan, block: BlockSpec, prompts: Sequence[Prompt] | Sequence[Pair]) -> list[np.ndarray]:
+    """The real answers' log-probs: those of this iteration's latest replay of the same prompts, which comes first, or by a prefill each."""
     replayed = await asyncio.to_thread(_replayed, plan, block)
     known = {pair.prompt_id: pair.opponent_real_logps for pair in replayed if _scored_by(pair) == block.version}
     if all(prompt.prompt_id in known for prompt in prompts):
         return [known[prompt.prompt_id] for prompt in prompts]
-    questions, answers = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
-    return await plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)
+    return await _score(plan, block, [p.prompt_ids for p in prompts], [p.real_ids for p in prompts])
+
+
+async def _score(plan: PlayPlan, block: BlockSpec, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return await plan.pool.score.remote(block.version, prompts, answers, PLAY, block.place)
 
 
 def _replayed(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
-    """The pairs of the same prompts that this iteration replays, if they are finished."""
+    """The pairs of the same prompts that this iteration replays from the one before, if they are finished."""
     if not plan.run.has_pairs(block.iteration, "replay", block.index):  # to fetch what is still on its way would remove it here
         return []
     table = pairs_on_disk(plan.run.pairs(block.iteration, "replay", block.index), plan.run.storage)
@@ -171,9 +190,6 @@ def _replayed(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
 
 def _scored_by(pair: Pair) -> Version:
     return Version(pair.scored_version, pair.scored_steps_early)
-
-
-_NOT_SCORED = np.zeros(0, np.float32)
 
 
 def _pair(block: BlockSpec, prompt: Prompt, completion: Completion, real_logps: np.ndarray, generated_logps: np.ndarray) -> Pair:
@@ -187,18 +203,19 @@ def _pair(block: BlockSpec, prompt: Prompt, completion: Completion, real_logps: 
 
 
 async def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
-    """The pairs of iteration t - 1 with the present opponent's log-probs, by two prefills each, or one where y' is y."""
-    written = await asyncio.to_thread(read_pairs, plan.run.pairs(block.iteration - 1, "block", block.index), plan.run.storage)
-    pairs: list[Pair] = from_table(written, Pair)
-    real = generated = [_NOT_SCORED] * len(pairs)
+    """The pairs of an earlier iteration with the present opponent's log-probs: a prefill for y where no other replay has it, and one
+    for y' where that is not y.
+    """
+    pairs = await _written(plan, block, block.iteration - block.age)
+    real = generated = [NO_LOGPS] * len(pairs)
     if plan.score:
         same = [np.array_equal(pair.real_ids, pair.generated_ids) for pair in pairs]
         others = [pair for pair, is_same in zip(pairs, same, strict=True) if not is_same]
-        questions = [pair.prompt_ids for pair in pairs + others]
-        answers = [pair.real_ids for pair in pairs] + [pair.generated_ids for pair in others]
-        logps = await plan.pool.score.remote(block.version, questions, answers, PLAY, block.place)
-        real, of_others = logps[: len(pairs)], iter(logps[len(pairs) :])
-        generated = [logp if is_same else next(of_others) for logp, is_same in zip(real, same, strict=True)]
+        real, of_others = await asyncio.gather(
+            _score_real(plan, block, pairs), _score(plan, block, [p.prompt_ids for p in others], [p.generated_ids for p in others])
+        )
+        scored = iter(of_others)
+        generated = [logp if is_same else next(scored) for logp, is_same in zip(real, same, strict=True)]
     return [
         replace(
             pair, iteration=block.iteration, scored_version=block.version.number, scored_steps_early=0,
@@ -208,9 +225,29 @@ async def rescore_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     ]
 
 
+async def with_anchors(plan: PlayPlan, block: BlockSpec, pairs: list[Pair]) -> list[Pair]:
+    """The pairs with what theta_0 answered to their prompts, and its log-probs; without, where y' is that answer."""
+    if block.iteration == block.age:
+        return pairs  # theta_0 wrote them
+    first = {pair.prompt_id: pair.generated_ids for pair in await _written(plan, block, 0)}
+    others = [pair for pair in pairs if not np.array_equal(first[pair.prompt_id], pair.generated_ids)]
+    anchors = [first[pair.prompt_id] for pair in others]
+    logps = await _score(plan, block, [p.prompt_ids for p in others], anchors) if plan.score else [NO_LOGPS] * len(others)
+    known = {p.prompt_id: (ids, logp) for p, ids, logp in zip(others, anchors, logps, strict=True)}
+    none = NO_TOKENS, NO_LOGPS
+    found = [known.get(pair.prompt_id, none) for pair in pairs]
+    return [replace(pair, anchor_ids=ids, opponent_anchor_logps=logp) for pair, (ids, logp) in zip(pairs, found, strict=True)]
+
+
+async def _written(plan: PlayPlan, block: BlockSpec, iteration: int) -> list[Pair]:
+    """The pairs of the same prompts that an iteration's own opponent wrote."""
+    path = plan.run.pairs(iteration, "block", block.index)
+    return from_table(await asyncio.to_thread(read_pairs, path, plan.run.storage), Pair)
+
+
 def check_logps(block: BlockSpec, table: pa.Table) -> None:
     """Raise Diverged for a block in which a log-prob of the opponent is not a number: it must not be written, or trained on."""
-    for name in ("opponent_real_logps", "opponent_generated_logps"):
+    for name in ("opponent_real_logps", "opponent_generated_logps", "opponent_anchor_logps"):
         numbers = np.isfinite(table.column(name).combine_chunks().flatten())
         if not numbers.all():
             raise Diverged(
@@ -220,9 +257,9 @@ def check_logps(block: BlockSpec, table: pa.Table) -> None:
 
 
 def _check_block(plan: PlayPlan, block: BlockSpec, table: pa.Table) -> None:
-    """Invariant 3: a pair of iteration t was written and scored by version t, a replayed one written by t - 1."""
+    """Invariant 3: a pair of iteration t was written and scored by version t, a replayed one written by an earlier one."""
     t = block.iteration
-    wanted = {"iteration": {t}, "opponent_version": {t - (block.kind == "replay")}, "scored_version": {t}}
+    wanted = {"iteration": {t}, "opponent_version": {t - block.age}, "scored_version": {t}}
     found = {name: set(table.column(name).to_pylist()) for name in wanted}
     early = max(table.column("opponent_steps_early").to_pylist(), default=0)
     if found != wanted or len(table) != block.size or early > plan.max_steps_early:

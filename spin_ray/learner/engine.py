@@ -6,7 +6,7 @@ Plain class, one instance per rank; every method that touches weights is a colle
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ from spin_ray.learner.modes import checkpoint_activations, layers_of, quieten
 from spin_ray.learner.names import FolderNames, Group
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.learner.proof import NUM_PARAMETERS, TOLERANCES, Facts, compare
-from spin_ray.losses import PairLogps
+from spin_ray.losses import GENERATED, REAL, LikelihoodObjective, PairLogps, PairObjective
 from spin_ray.model import refuse_unsupported
 from spin_ray.placement import Hardware
-from spin_ray.records import Pair
+from spin_ray.records import NUM_ANSWERS, NUM_PARTS, Pair
 
-LossFn = Callable[[PairLogps], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 _REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
 
 
@@ -70,6 +69,8 @@ class MainPlayer:
             _compile_layers(self._lm)
         optimizer = _optimizer(config, policy.parameters())
         self._grad_norm = 0.0
+        self._copies: dict[str, list[torch.Tensor]] = {}
+        """This rank's part of other weights, by the names that they were kept under."""
         if self._bare:
             optimizer.register_step_pre_hook(self._clip)
         self._engine, *_ = deepspeed.initialize(
@@ -123,31 +124,35 @@ class MainPlayer:
                 if isinstance(value, torch.Tensor):
                     value.zero_()
 
-    def step(self, pairs: Sequence[Pair], references: np.ndarray, *, loss_fn: LossFn, lr: float, normalizer: float) -> dict[str, float]:
+    def step(
+        self, pairs: Sequence[Pair], references: np.ndarray, *, objective: PairObjective | LikelihoodObjective, lr: float
+    ) -> dict[str, Any]:
         """One optimizer step on a global batch; every rank passes the same pairs and trains on its share.
 
-        `references` [num_pairs, 2] float64: log p of the real and the generated answer under theta_t, summed, in nats.
-        The gradient is that of sum(loss) / normalizer over the whole batch, whatever the number of ranks and the packing.
-        Returns the batch means of the loss function's metrics, and `grad_norm` (before clipping), `num_tokens`, `mfu` (model
+        `references` [num_pairs, 1 or 2, 3, 2] float64: log p of the parts of each answer (records.py) under theta_t, and theta_0, in nats.
+        The gradient is that of the weighted sum of losses over the objective's normalizer, whatever the number of ranks and the packing.
+        Returns the batch means of the objective's metrics, and `grad_norm` (before clipping), `num_tokens`, `mfu` (model
         FLOPs of the batch / (seconds × ranks × the device's peak), see meters.py), `peak_memory_gib` of this rank,
         `padding_share` and `pack_fill`.
         """
         begun = time.perf_counter()
         lengths, plan = self._plan(pairs)
         sums: dict[str, torch.Tensor] = {}
-        for number, (indices, weighs) in enumerate(self._own_micro_batches(lengths, plan)):
+        weights = torch.tensor(objective.weights(pairs), device=self.device) * (self.world_size / objective.normalizer(pairs))
+        for number, (indices, counts) in enumerate(self._own_micro_batches(lengths, plan)):
             self._checkpoint(max(sum(lengths[i] for i in rank[number]) for rank in plan))
-            loss, metrics = loss_fn(self._pair_logps([pairs[i] for i in indices], references[indices]))
+            loss, metrics = objective(self._pair_logps([pairs[i] for i in indices], references[indices]))
             # Data parallelism averages over ranks, hence the factor world_size.
-            self._engine.backward(loss.sum() * (weighs * self.world_size / normalizer))
+            self._engine.backward((loss * weights[indices]).sum() * counts)
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.sum() * weighs
+                sums[name] = sums.get(name, 0) + value.sum(0) * counts
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        totals = torch.stack(list(sums.values())).to(torch.float64)
+        totals = torch.cat([value.flatten() for value in sums.values()]).to(torch.float64)
         dist.all_reduce(totals)
-        means = {name: total / len(pairs) for name, total in zip(sums, totals.tolist(), strict=True)}
+        parts = (totals / len(pairs)).split([value.numel() for value in sums.values()])
+        means = {name: part.tolist() if sums[name].ndim else part.item() for name, part in zip(sums, parts, strict=True)}
         grad_norm = self._grad_norm if self._bare else self._engine.get_global_grad_norm()
         achieved = self._flops.step(pairs, share_prompt=self._hardware.share_prompt) / (time.perf_counter() - begun)
         return {
@@ -168,29 +173,47 @@ class MainPlayer:
         return [(indices or [shortest], bool(indices)) for indices in plan[self.rank]]
 
     def _answer_sums(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """Log p of the real and the generated answer of each pair, [num_pairs, 2], in nats."""
+        """Log p of the parts of each pair's answers, [num_pairs, 3, 2], in nats."""
         packed = pack(pairs, share_prompt=self._hardware.share_prompt).to(self.device)
-        logps = self._engine(packed)
-        return logps.new_zeros(2 * len(pairs)).index_add(0, packed.answer_of, logps).view(len(pairs), 2)
+        return packed.sums(self._engine(packed))
 
     def _pair_logps(self, pairs: Sequence[Pair], references: np.ndarray) -> PairLogps:
-        sums = self._answer_sums(pairs)
-        opponent = torch.tensor(references, dtype=sums.dtype, device=self.device)
-        num_real = torch.tensor([len(pair.real_ids) for pair in pairs], device=self.device)
-        return PairLogps(sums[:, 0], sums[:, 1], opponent[:, 0], opponent[:, 1], num_real)
+        policy = self._answer_sums(pairs)
+        known = torch.tensor(references, dtype=policy.dtype, device=self.device)
+        num_tokens = torch.tensor([[len(answer) for answer in pair.answers] for pair in pairs], device=self.device)
+        return PairLogps(policy, known[:, 0], num_tokens, known[:, 1] if known.shape[1] > 1 else None)
 
-    def freeze(self) -> None:
-        """Keep a copy of this rank's part of the present weights, for `score(..., frozen=True)`."""
-        self._frozen = [tensor.detach().clone() for tensor in self._weight_storage()]
+    def keep_copy(self, name: str, model_path: str | None = None) -> None:
+        """Keep this rank's part of the present weights, or of those in a model's folder, for `score(..., copy=name)`. A collective.
+
+        Weights of a folder are kept once; of the present ones the latest.
+        """
+        if model_path is None:
+            self._copies[name] = [tensor.detach().clone() for tensor in self._weight_storage()]
+        elif name not in self._copies:
+            self._copies[name] = self._own_part(load_model(model_path, dtype=self._lm.dtype))
+
+    def _own_part(self, lm: torch.nn.Module) -> list[torch.Tensor]:
+        """Of another model of the same shape what this rank holds of ours."""
+        others = dict(PolicyLogps(lm).lm.named_parameters())
+        parts = []
+        for name, parameter in self._lm.named_parameters():
+            whole = others[name].detach().to(self.device)
+            if self._config.zero_stage == 3:  # DeepSpeed's shards: equal parts of the flat parameter, padded at its end
+                size = parameter.ds_tensor.numel()
+                padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
+                whole = padded[self.rank * size : (self.rank + 1) * size].clone()
+            parts.append(whole)
+        return parts
 
     @torch.no_grad()
-    def score(self, pairs: Sequence[Pair], *, frozen: bool = False) -> np.ndarray:
-        """References of pairs, [num_pairs, 2] float64, summed over each answer, in nats: under the present or the frozen weights.
+    def score(self, pairs: Sequence[Pair], *, copy: str | None = None) -> np.ndarray:
+        """References of pairs, [num_pairs, 3, 2] float64, in nats, as in `opponent_reference`: under the present weights or a copy.
 
         Every rank passes the same pairs, scores its share, and gets all of them.
         """
-        sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
-        with self._frozen_weights() if frozen else nullcontext():
+        sums = torch.zeros(len(pairs), NUM_ANSWERS, NUM_PARTS, dtype=torch.float64, device=self.device)
+        with self._weights_of(copy) if copy else nullcontext():
             for indices, weighs in self._own_micro_batches(*self._plan(pairs)):
                 if weighs:
                     sums[indices] = self._answer_sums([pairs[i] for i in indices]).to(torch.float64)
@@ -200,10 +223,10 @@ class MainPlayer:
         return sums.cpu().numpy()
 
     @contextmanager
-    def _frozen_weights(self) -> Iterator[None]:
-        """While the body runs, the model computes with the frozen copy: the tensors swap their memory, nothing is copied."""
+    def _weights_of(self, copy: str) -> Iterator[None]:
+        """While the body runs, the model computes with a copy: the tensors swap their memory, nothing is copied."""
         live = [tensor.data for tensor in self._weight_storage()]
-        self._point_weights_at(self._frozen)
+        self._point_weights_at(self._copies[copy])
         try:
             yield
         finally:
@@ -234,7 +257,7 @@ class MainPlayer:
             packed = pack([pairs[i] for i in row], share_prompt=self._hardware.share_prompt).to(self.device)
             logps, answer_of = self._engine(packed).float().cpu(), packed.answer_of.cpu()
             for place, i in enumerate(row):
-                arrays[2 * i], arrays[2 * i + 1] = (logps[answer_of == 2 * place + side].numpy() for side in (0, 1))
+                arrays[2 * i], arrays[2 * i + 1] = (logps[answer_of == NUM_ANSWERS * place + side].numpy() for side in (REAL, GENERATED))
         return arrays
 
     def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -46,18 +46,18 @@ class FakePlayer:
         self._rate = next(self._rates)
         self._due = 0.0
 
-    def step(self, pairs: Sequence[Pair], references: np.ndarray, *, normalizer: float, **_: object) -> dict[str, float]:
+    def step(self, pairs: Sequence[Pair], references: np.ndarray, **_: object) -> dict[str, float]:
         now = time.monotonic()
         self._due = (self._due if now - self._due < LATE_S else now) + len(pairs) / self._rate
         time.sleep(max(0.0, self._due - now))
         dist.barrier()
-        metrics = {"loss": math.log(2), "spin_loss": math.log(2), "margin": 0.0}
+        metrics = {"loss": math.log(2), "pair_loss": math.log(2), "expected_pair_loss": math.log(2), "margin": 0.0}
         return {**metrics, "num_tokens": float(sum(len(p.real_ids) + len(p.generated_ids) for p in pairs))}
 
-    def freeze(self) -> None:
+    def keep_copy(self, name: str, model_path: str | None = None) -> None:
         pass
 
-    def score(self, pairs: Sequence[Pair], *, frozen: bool = False) -> np.ndarray:
+    def score(self, pairs: Sequence[Pair], *, copy: str | None = None) -> np.ndarray:
         return np.array([opponent_reference(pair) for pair in pairs])
 
     def token_logps(self, pairs: Sequence[Pair]) -> list[np.ndarray]:

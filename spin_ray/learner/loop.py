@@ -33,7 +33,7 @@ from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_ref
 from spin_ray.storage import Disk, readable_disk_errors
 
 Example = tuple[Pair, np.ndarray]
-"""A pair with its references: log p of the real and of the generated answer under theta_t, [2] float64, summed, in nats."""
+"""A pair with its references: log p of its answers' parts under theta_t, and perhaps theta_0, [1 or 2, 3, 2] float64, in nats."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,10 @@ class Worker:
         self._iteration = command.iteration
         config, started = self._args.config, time.perf_counter()
         feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span)
-        blocks = self._scored(list(feed) if command.wait_for_all else feed, command.scorer)
+        blocks = self._scored(list(feed) if command.wait_for_all else feed, command)
         count = self._take_up(command)
         total_steps, peak = command.num_steps, command.lr * self._args.rollback_lr_factor**self._joined.rollbacks
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Any] = {}
         snapshot = command.snapshot
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
             if step == total_steps:
@@ -200,7 +200,7 @@ class Worker:
             lr = learning_rate(step, total_steps, peak=peak, warmup_fraction=config.warmup_fraction)
             pairs, references = [pair for pair, _ in batch], np.array([reference for _, reference in batch])
             begun = time.perf_counter()
-            metrics = self._player.step(pairs, references, loss_fn=command.loss_fn, lr=lr, normalizer=command.normalizer(pairs))
+            metrics = self._player.step(pairs, references, objective=command.objective, lr=lr)
             seconds = time.perf_counter() - begun
             try:
                 check_numbers(metrics, command.iteration, step, lr, self._args.log_dir)
@@ -208,7 +208,7 @@ class Worker:
                 self._wait_for_rollback(Divergence(self._joined.group, command.iteration, step, error))
             count = count.after(metrics, len(batch))
             self._log(StepRecord(command.iteration, step, total_steps, {
-                **metrics, **staleness(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
+                **metrics, **staleness(pairs), **answer_facts(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
                 "tokens_per_s": metrics["num_tokens"] / seconds, "waited_s": feed.waited_s,
             }, self._joined.group))
             interrupted = self._player.any_rank(self._interrupted)
@@ -221,7 +221,7 @@ class Worker:
         feed.close()
         return TrainReport(
             count.steps, count.pairs, count.tokens, time.perf_counter() - started, feed.waited_s, count.first_loss,
-            metrics.get("peak_memory_gib", 0.0),
+            count.expected_first_loss, metrics.get("peak_memory_gib", 0.0),
         )
 
     def _take_up(self, command: Train) -> Count:
@@ -282,17 +282,26 @@ class Worker:
             if leads:
                 storage.upload(path)
 
-    def _scored(self, blocks: Iterable[list[Pair]], scorer: str) -> Iterator[list[Example]]:
-        """The blocks with the references of their pairs: the opponent's, or the learner's own under theta_t.
+    def _scored(self, blocks: Iterable[list[Pair]], command: Train) -> Iterator[list[Example]]:
+        """The blocks with the references of their pairs: the opponent's, or the learner's own under theta_t; and theta_0's if asked for.
 
         `frozen` scores a block when it comes, with a copy of theta_t; `learner` scores all of them before the first step.
         """
-        if scorer == "opponent":
-            return ([(pair, opponent_reference(pair)) for pair in block] for block in blocks)
-        if scorer == "learner":
-            return iter([list(zip(block, self._player.score(block), strict=True)) for block in blocks])
-        self._player.freeze()
-        return (list(zip(block, self._player.score(block, frozen=True), strict=True)) for block in blocks)
+        player, scorer = self._player, command.scorer
+        if scorer == "frozen":
+            player.keep_copy("opponent")
+        if command.base_path:
+            player.keep_copy("base", str(self._args.storage.fetch(Path(command.base_path))))
+
+        def references(block: list[Pair]) -> np.ndarray:
+            if scorer == "opponent":
+                own = np.array([opponent_reference(pair) for pair in block])
+            else:
+                own = player.score(block, copy="opponent" if scorer == "frozen" else None)
+            return np.stack([own, *([player.score(block, copy="base")] if command.base_path else [])], axis=1)
+
+        scored = (list(zip(block, references(block), strict=True)) for block in blocks)
+        return iter(list(scored)) if scorer == "learner" else scored
 
     def answer(self, key: Hashable, result: Any) -> None:
         if self._player.rank == 0:
@@ -353,6 +362,18 @@ def check_numbers(metrics: dict[str, float], iteration: int, step: int, lr: floa
                 f"iteration {iteration}, step {step}: {name} is {metrics[name]} (lr {lr:g}, loss {metrics['loss']:g}); "
                 f"the models of finished iterations are kept; see metrics.jsonl and {log_dir}/learner-0.log, and try a smaller spin.lr"
             )
+
+
+def answer_facts(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Lengths of a batch's answers in tokens, and of the generated ones, where there are any, the shares that are y itself or cut off."""
+    facts = {"real_tokens": float(np.mean([len(pair.real_ids) for pair in pairs]))}
+    if written := [pair for pair in pairs if len(pair.generated_ids)]:
+        facts |= {
+            "generated_tokens": float(np.mean([len(pair.generated_ids) for pair in written])),
+            "same_as_real_share": float(np.mean([np.array_equal(pair.real_ids, pair.generated_ids) for pair in written])),
+            "truncated_share": float(np.mean([pair.finish_reason == "length" for pair in written])),
+        }
+    return facts
 
 
 def staleness(pairs: Sequence[Pair]) -> dict[str, float]:

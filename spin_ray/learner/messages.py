@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +19,14 @@ class Train:
     num_epochs: int
     num_steps: int
     """Optimizer steps, after which the iteration ends."""
-    loss_fn: Any
-    """(PairLogps) -> (loss [num_pairs], metrics)."""
-    normalizer: Callable[[list[Pair]], float]
-    """What a batch's summed loss is divided by: the number of its pairs, or of its tokens."""
+    objective: Any
+    """The loss of a pair, and what a batch divides by: one of losses.py."""
     lr: float
     """Peak learning rate."""
     scorer: str = "opponent"
     """Where the references come from: `reference.scorer`."""
+    base_path: str | None = None
+    """Folder of theta_0, where the objective asks for its references too."""
     wait_for_all: bool = False
     """Start when all blocks are there (`sequential`)."""
     snapshot: tuple[int, Version] | None = None
@@ -43,7 +42,8 @@ class StepRecord:
     iteration: int
     step: int
     total_steps: int
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
+    """Means over the batch; a histogram is a list of shares."""
     group: int = 0
     """Which group of workers took the step, from 1 on."""
 
@@ -81,12 +81,18 @@ class Count:
     pairs: int = 0
     tokens: int = 0
     first_loss: float = float("nan")
+    expected_first_loss: float | None = None
     rollbacks: int = 0
     """Those of the run before this training began: it is no use to a training that began after another one."""
 
-    def after(self, metrics: dict[str, float], num_pairs: int) -> Count:
-        first = self.first_loss if self.steps else metrics.get("spin_loss", metrics["loss"])
-        return Count(self.steps + 1, self.pairs + num_pairs, self.tokens + int(metrics["num_tokens"]), first, self.rollbacks)
+    def after(self, metrics: dict[str, Any], num_pairs: int) -> Count:
+        first = (self.first_loss, self.expected_first_loss) if self.steps else first_losses(metrics)
+        return Count(self.steps + 1, self.pairs + num_pairs, self.tokens + int(metrics["num_tokens"]), *first, self.rollbacks)
+
+
+def first_losses(metrics: dict[str, Any]) -> tuple[float, float | None]:
+    """Of an iteration's first step: the loss without the NLL term, and what it must be where policy == opponent; None: anything."""
+    return metrics.get("pair_loss", metrics["loss"]), metrics.get("expected_pair_loss")
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ class TrainReport:
     """Of wall_s, time without a finished block to train on."""
     first_loss: float
     """Mean l(z) of the first batch, before any step."""
+    expected_first_loss: float | None
+    """What that must be, because policy == opponent; None where there is no opponent."""
     peak_memory_gib: float
 
 

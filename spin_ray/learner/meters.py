@@ -52,7 +52,7 @@ class ModelFlops:
         """FLOPs of training on these pairs. Worked: layers 1, head 0, width 0, pair of 4 + 3 and 5 tokens, shared: 6 × 10 = 60."""
         total = 0
         for pair in pairs:
-            total += 6 * self.head * (len(pair.real_ids) + len(pair.generated_ids))
+            total += 6 * self.head * sum(map(len, pair.answers))
             for trunk, branches in tree_lengths(pair, share_prompt=share_prompt):
                 attended = trunk * (trunk + 1) / 2 + sum(n * (trunk + (n + 1) / 2) for n in branches)
                 total += 6 * self.layers * (trunk + sum(branches)) + 12 * self.width * attended

@@ -1,22 +1,23 @@
 """Padding-free batches: many answers in one row of tokens, none of which attends to another.
 
 A packed row is a sequence of *trees*: a trunk followed by its branches. With a shared prompt the trunk is the prompt and what
-the real and the generated answer begin with alike, the branches are the rest of both; without, every answer has a tree (and a
-copy of the prompt) of its own. Where y' is y, the tree is only a trunk. The output layer has a row for every answer token, also
-for those that both begin with.
+the answers begin with alike, the branches are the rest of each; without, every answer has a tree (and a copy of the prompt) of its
+own. Where y' is y, the tree is only a trunk. The output layer has a row for every answer token, also for those that all begin with.
 
-Shapes: T tokens in the row, A answer tokens, N pairs. Answer 2i is the real one of pair i, answer 2i + 1 the generated one.
+Shapes: T tokens in the row, A answer tokens, N pairs. Answers 3i, 3i + 1 and 3i + 2 are the real, the generated and the anchor of
+pair i; an answer's two parts (records.py) are slots 2a and 2a + 1.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from spin_ray.records import Pair
+from spin_ray.records import NUM_ANSWERS, NUM_PARTS, Pair
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,22 @@ class Packed:
     """[A] int64, place in the row of the token whose output predicts this answer token."""
     targets: torch.Tensor
     """[A] int64, the answer tokens."""
-    answer_of: torch.Tensor
-    """[A] int64, which of the 2N answers the token belongs to."""
+    slot: torch.Tensor
+    """[A] int64, which part of which of the 3N answers the token belongs to."""
     num_pairs: int
 
+    @property
+    def answer_of(self) -> torch.Tensor:
+        """[A] int64, which of the 3N answers the token belongs to."""
+        return self.slot // NUM_PARTS
+
+    def sums(self, logps: torch.Tensor) -> torch.Tensor:
+        """Log-probs of the answer tokens, [A] -> of the parts of every pair's answers, [N, 3, 2]."""
+        shape = self.num_pairs, NUM_ANSWERS, NUM_PARTS
+        return logps.new_zeros(math.prod(shape)).index_add(0, self.slot, logps).view(shape)
+
     def to(self, device: torch.device) -> Packed:
-        tensors = ("input_ids", "position_ids", "starts", "predictor", "targets", "answer_of")
+        tensors = ("input_ids", "position_ids", "starts", "predictor", "targets", "slot")
         moved = {name: getattr(self, name).to(device) for name in tensors}
         trees = tuple(replace(tree, mask=None if tree.mask is None else tree.mask.to(device)) for tree in self.trees)
         return replace(self, trees=trees, **moved)
@@ -60,12 +71,11 @@ def pack(pairs: Sequence[Pair], *, share_prompt: bool) -> Packed:
 
     Raises ValueError for an empty prompt: nothing would predict the first token of its answers.
     """
-    ids, positions, trees, predictor, targets, answer_of, place = [], [], [], [], [], [], 0
+    ids, positions, trees, predictor, targets, slots, place = [], [], [], [], [], [], 0
     for index, pair in enumerate(pairs):
         if not len(pair.prompt_ids):
             raise ValueError(f"pair {index} (prompt_id {pair.prompt_id}) has an empty prompt; a chat template gives at least one token")
-        answers = [(2 * index, pair.real_ids), (2 * index + 1, pair.generated_ids)]
-        answers = [(which, tokens) for which, tokens in answers if len(tokens)]
+        answers = [(NUM_ANSWERS * index + k, tokens) for k, tokens in enumerate(pair.answers) if len(tokens)]
         for branches in [answers] if share_prompt else [[answer] for answer in answers]:
             common = num_common(pair) if share_prompt else 0
             start, prompt, trunk = place, len(pair.prompt_ids), len(pair.prompt_ids) + common
@@ -78,21 +88,25 @@ def pack(pairs: Sequence[Pair], *, share_prompt: bool) -> Packed:
                 positions.append(np.arange(trunk, trunk + len(rest)))
                 predictor += [np.arange(start + prompt - 1, start + trunk), np.arange(place, place + len(rest))]
                 targets.append(tokens)
-                answer_of.append(np.full(len(tokens), which))
+                slots.append(NUM_PARTS * which + (np.arange(len(tokens)) >= pair.common_length))
                 place += len(rest)
             lengths = [len(tokens) - 1 - common for _, tokens in branches]
             trees.append(Tree(start, place - start, _mask(trunk, lengths), trunk + max(lengths, default=0)))
     return Packed(
         _int64(ids), _int64(positions), tuple(trees), torch.tensor([*[t.start for t in trees], place], dtype=torch.int32),
-        _int64(predictor), _int64(targets), _int64(answer_of), len(pairs),
+        _int64(predictor), _int64(targets), _int64(slots), len(pairs),
     )
 
 
 def num_common(pair: Pair) -> int:
-    """How many of the tokens that are fed, all but the last of each, the two answers begin with alike. Worked: abcd, abce -> 3."""
-    shorter = max(0, min(len(pair.real_ids), len(pair.generated_ids)) - 1)
-    different = np.flatnonzero(pair.real_ids[:shorter] != pair.generated_ids[:shorter])
-    return int(different[0]) if len(different) else shorter
+    """How many of the tokens that are fed, all but the last of each, all answers begin with. Worked: abcd, abce -> 3; abcd alone -> 0."""
+    first, *others = (answer for answer in pair.answers if len(answer))
+    shortest = min(map(len, others), default=0)
+    alike = max(0, min(len(first), shortest) - 1)
+    for other in others:
+        different = np.flatnonzero(first[:alike] != other[:alike])
+        alike = int(different[0]) if len(different) else alike
+    return alike
 
 
 def _int64(parts: list[np.ndarray]) -> torch.Tensor:
@@ -115,7 +129,7 @@ def row_tokens(pair: Pair, *, share_prompt: bool) -> int:
 
 def tree_lengths(pair: Pair, *, share_prompt: bool) -> list[tuple[int, list[int]]]:
     """The pair's trees as `pack` lays them out: tokens of the trunk, and of each branch."""
-    prompt, fed = len(pair.prompt_ids), [len(answer) - 1 for answer in (pair.real_ids, pair.generated_ids) if len(answer)]
+    prompt, fed = len(pair.prompt_ids), [len(answer) - 1 for answer in pair.answers if len(answer)]
     if not share_prompt:
         return [(prompt, [length]) for length in fed]
     common = num_common(pair)

@@ -125,7 +125,7 @@ def _plain(policy: PolicyLogps, pairs: Sequence[Pair], parameters: list[nn.Param
     logps, totals, place = [], [torch.zeros_like(p) for p in parameters], 0
     with as_transformers_means_it(policy.lm):
         for pair in pairs:
-            for answer in (pair.real_ids, pair.generated_ids):
+            for answer in pair.answers:
                 if len(answer):
                     one = plain_logps(policy.lm, pair.prompt_ids, answer)
                     totals = [a + b for a, b in zip(totals, _gradients(_objective(one, place), parameters), strict=True)]

@@ -38,7 +38,7 @@ import numpy as np
 import ray
 
 from spin_ray.chat import ChatFormat
-from spin_ray.config import Config
+from spin_ray.config import Config, at
 from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion, in_one_line
 from spin_ray.placement import Hardware
 from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Span, Version
@@ -91,8 +91,8 @@ def start_pool(samplers: Sequence[Any], version: Version, limits: Limits) -> Any
     return pool
 
 
-def sampling_settings(config: Config, chat: ChatFormat) -> SamplingSettings:
-    sampler = config.sampler
+def sampling_settings(config: Config, chat: ChatFormat, iteration: int = 0) -> SamplingSettings:
+    sampler = at(config.sampler, iteration)
     return SamplingSettings(sampler.temperature, sampler.top_p, sampler.max_new_tokens, tuple(sorted(chat.stop_ids)))
 
 

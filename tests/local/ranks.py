@@ -5,7 +5,6 @@ gradient norms and weights to OUT/stage_SETUP.pt. Several models, with os.pathse
 """
 
 import dataclasses
-import functools
 import os
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput
 from spin_ray.learner.engine import MainPlayer
-from spin_ray.losses import spin_loss
+from spin_ray.losses import PairObjective
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, opponent_reference
 
@@ -49,7 +48,7 @@ def batch(seed: int, count: int) -> list[Pair]:
 
 
 def references(pairs: list[Pair]) -> np.ndarray:
-    return np.array([opponent_reference(pair) for pair in pairs])
+    return np.array([[opponent_reference(pair)] for pair in pairs])
 
 
 def damage(player: MainPlayer, checkpoint: Path) -> list[str]:
@@ -94,13 +93,15 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     hardware = dataclasses.replace(HARDWARE, dtype="bfloat16" if stage == "bfloat16" else "float32")
     player = (NoRoom if stage == "no_room" else MainPlayer)(model, config, hardware, proof_pairs=batch(7, 3))
     player.begin_iteration()
-    loss_fn, steps = functools.partial(spin_loss, beta=0.1, nll_weight=0.1), []
-    player.freeze()
+    objective, steps = PairObjective(0.1, nll_weight=0.1), []
+    player.keep_copy("opponent")
     before = player.score(batch(9, 5))
     for step, count in enumerate([9, 8, 1]):  # 9 and 1 do not divide by two ranks
         pairs = batch(step, count)
-        steps.append(player.step(pairs, references(pairs), loss_fn=loss_fn, lr=1e-3, normalizer=len(pairs)))
-    scores = {"before": before, "frozen": player.score(batch(9, 5), frozen=True), "after": player.score(batch(9, 5))}
+        steps.append(player.step(pairs, references(pairs), objective=objective, lr=1e-3))
+    scores = {"before": before, "frozen": player.score(batch(9, 5), copy="opponent"), "after": player.score(batch(9, 5))}
+    player.keep_copy("base", model)  # theta_0, from its folder
+    scores["base"] = player.score(batch(9, 5), copy="base")
     logps = player.token_logps(batch(9, 5))
     alone = [answer for pair in batch(9, 5) for answer in player.token_logps([pair])]
     weights = {name: tensor.clone() for bucket in player.weights(bucket_bytes=20_000) for name, tensor in bucket}

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spin_ray.records import PAIR_SCHEMA, Pair, from_table
 from spin_ray.timeline import read_spans
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +91,8 @@ def test_pairs_have_their_schema_and_versions_without_gap_or_duplicate(finished)
     assert [row["opponent_real_logps"] for row in replayed] != [row["opponent_real_logps"] for row in written]
     assert list(written[0]) == [
         "prompt_id", "iteration", "opponent_version", "scored_version", "prompt_ids", "real_ids", "generated_ids",
-        "opponent_real_logps", "opponent_generated_logps", "finish_reason", "opponent_steps_early", "scored_steps_early",
+        "opponent_real_logps", "opponent_generated_logps", "finish_reason", "opponent_steps_early", "scored_steps_early", "anchor_ids",
+        "opponent_anchor_logps",
     ]
     assert {(row["opponent_steps_early"], row["scored_steps_early"]) for row in written + replayed} == {(0, 0)}
     for row in written + replayed:
@@ -111,18 +116,54 @@ def test_promised_metrics_are_logged(finished):
         "train/loss", "train/margin", "train/accuracy", "train/real_logp_change_nats", "train/generated_logp_change_nats", "train/grad_norm",
         "train/lr", "train/pairs_per_s", "train/waited_s", "sampler/tokens_per_s", "sync/load_s", "sync/gib_per_s",
         "audit/mean_abs_logp_difference_nats", "audit/first_loss_deviation", "iteration/learner_idle_share", "train/stale_share", "eval/real_nll_nats_per_token", "eval/exact_match_t1_share", "eval/exact_match_greedy_share",
-        "eval/generated_tokens", "eval/truncated_share", "eval/same_as_real_share",
+        "eval/generated_tokens", "eval/truncated_share", "eval/same_as_real_share", "train/pair_loss", "train/lower_likelihood_share",
+        "train/generated_tokens", "iteration/last_epoch_accuracy", "eval/kl_from_start_nats_per_token",
     ):
         assert metrics(finished, key), key
-    assert len(metrics(finished, "eval/exact_match_t1_share")) == 3
+    assert len(metrics(finished, "eval/exact_match_t1_share")) == 3 and len(metrics(finished, "eval/advantage_accuracy")) == 2
+    for histogram in metrics(finished, "iteration/last_epoch_margin_histogram"):
+        assert sum(histogram) == pytest.approx(1) and len(histogram) == 10
+
+
+def test_every_metric_is_in_the_docs(finished):
+    """docs/metrics.md has each with its unit and healthy range."""
+    docs = (ROOT / "docs/metrics.md").read_text()
+    logged = {key for line in (finished / "metrics.jsonl").read_text().splitlines() for key in json.loads(line) if "/" in key}
+    group = {name: docs.split(f"## {name}")[1].split("\n## ")[0] for name in ("train", "iteration", "eval", "audit")}
+    for key in logged:
+        section, name = key.split("/")
+        name = name.removesuffix("_se")
+        documented = group.get(section, group["audit"])
+        assert f"`{name}`" in documented or f"`{key}`" in documented or (name.startswith("last_epoch_") and "`last_epoch_*`" in documented), key
+
+
+def test_the_held_out_advantage_is_what_the_answers_on_disk_and_the_models_give(finished):
+    """Of theta_1 over theta_0, by transformers: r(y) - r(y') from the two exported models."""
+    pairs = from_table(pq.read_table(finished / "heldout/theta_000.parquet").cast(PAIR_SCHEMA), Pair)
+    lm = AutoModelForCausalLM.from_pretrained(finished / "iter_000/model", dtype=torch.float32)
+
+    def logp(pair, answer):
+        ids = torch.tensor(np.concatenate([pair.prompt_ids, answer])[None].astype(np.int64))
+        logps = torch.log_softmax(lm(ids).logits[0, len(pair.prompt_ids) - 1 : -1], -1)
+        return logps.gather(1, torch.tensor(answer[:, None].astype(np.int64))).sum().item()
+
+    with torch.no_grad():
+        gained = np.array([
+            logp(p, p.real_ids) - p.opponent_real_logps.sum() - logp(p, p.generated_ids) + p.opponent_generated_logps.sum() for p in pairs
+        ])
+    same = np.array([np.array_equal(p.real_ids, p.generated_ids) for p in pairs])
+    assert len(pairs) == 24 and metrics(finished, "eval/advantage_nats")[0] == pytest.approx(gained.mean(), abs=1e-3)
+    assert metrics(finished, "eval/advantage_accuracy")[0] == pytest.approx(np.where(same, 0.5, gained > 0).mean(), abs=1e-6)
+
+
+def test_the_best_version_is_named(finished):
+    shares = metrics(finished, "eval/exact_match_t1_share")
+    best = max(range(3), key=lambda version: (shares[version], -version))
+    assert (finished / "best").read_text().strip() == (str(finished / f"iter_00{best - 1}/model") if best else "demo:sft")
 
 
 def test_exported_model_loads_in_transformers_and_gives_the_sampler_s_numbers(finished):
     """iter_000/model is theta_1, which scored iteration 1's pairs in vLLM."""
-    import numpy as np
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(finished / "iter_000/model", dtype=torch.float32)
     assert AutoTokenizer.from_pretrained(finished / "iter_000/model").chat_template
     for row in pq.read_table(finished / "iter_001/pairs/block_00000.parquet").to_pylist()[:4]:
@@ -225,7 +266,7 @@ def test_sft_then_eval(tmp_path):
     assert trained.returncode == 0, trained.stderr[-3000:]
     nll = metrics(tmp_path / "sft", "train/real_nll_nats_per_token")
     assert len(nll) == 4
-    judged = spin_ray("eval", "conf/demo.yaml", *common, "run.name=eval", f"model.path={tmp_path}/sft/model")
+    judged = spin_ray("eval", "conf/demo.yaml", *common, "run.name=eval", f"model.path={tmp_path}/sft/iter_000/model")
     assert judged.returncode == 0, judged.stderr[-3000:]
     found = json.loads(judged.stdout)  # nothing else stands there
     assert judged.stderr.startswith("the proof at the door holds (") and judged.stderr.count("\n") == 1

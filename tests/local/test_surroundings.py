@@ -16,13 +16,15 @@ TINY = [*SMALL, "spin.num_iterations=1", "data.eval=", "run.max_steps=1", "sampl
 
 LEARNER_FAILS = """
 import sys
-import spin_ray.selfplay
+import spin_ray.methods.spin
 from spin_ray.__main__ import main
+from spin_ray.losses import PairObjective
 
-def loss(*_, **__):
-    raise KeyError("nobody\\nforesaw this")
+class Fails(PairObjective):  # pickled by value: it fails in the worker
+    def __call__(self, logps):
+        raise KeyError("nobody\\nforesaw this")
 
-spin_ray.selfplay.spin_loss = loss  # pickled by value: it fails in the worker
+spin_ray.methods.spin.pair_objective = lambda section, **_: Fails(section.beta)
 sys.exit(main())
 """
 THREAD_FAILS = """

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "spin_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 VENDORS = {
-    "vllm": ("sampler/", "bench/script_way.py"), "deepspeed": ("learner/",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "omegaconf": ("config/",),
+    "vllm": ("sampler/", "bench/script_way.py"), "deepspeed": ("learner/",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",),
 }
 
 
@@ -32,14 +32,14 @@ LAYERS = [
     ("errors.py", "families.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py", "imports.py"),
     ("config/",),
     ("background.py", "storage.py"),
-    ("records.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "manifest.py",
+    ("records.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
      "chatter.py", "placement.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
      "places.py", "address.py"),
     ("exchange/weights.py", "exchange/audit.py"), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
     ("ending.py",), ("preflight.py",), ("prepared.py",),
     ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
-    ("selfplay.py", "sft.py"), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/tasks.py"),
+    ("selfplay.py",), ("study/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/tasks.py"),
 ]
 
 

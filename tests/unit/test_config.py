@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.config import Config, RunConfig, differences, flatten, load_config, to_json
+from spin_ray.config import Config, RunConfig, at, differences, flatten, load_config, to_json
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 
@@ -40,7 +40,7 @@ def test_every_shipped_config_loads_and_holds_only_what_differs(path):
 
 def test_origins(minimal):
     config, origin = load_config(minimal, ["spin.beta=[0.1, 0.1, 0.1, 5.0]", "sampler.gpus_per_replica=null"])
-    assert [config.beta(t) for t in range(4)] == [0.1, 0.1, 0.1, 5.0] and config.lr(3) == 5e-7
+    assert [at(config.spin, t).beta for t in range(4)] == [0.1, 0.1, 0.1, 5.0] and at(config.spin, 3).lr == 5e-7
     assert (origin["model.path"], origin["spin.beta"], origin["run.seed"]) == (str(minimal), "command line", "default")
 
 
@@ -48,11 +48,18 @@ def test_origins(minimal):
     ("spin.betta=1", "unknown key spin.betta; the nearest known key is spin.beta"),
     ("learner.batchpairs=8", "the nearest known key is learner.batch_pairs"),
     ("spin=3", "unknown key spin"),
-    ("spin.num_epochs=two", "spin.num_epochs, from command line"),
-    ("spin.num_epochs=0", "spin.num_epochs=0: must be at least 1"),
-    ("spin.beta=[0.1, 0.2]", "spin.beta has 2 values for spin.num_iterations=4"),
-    ("spin.lr=-1", "spin.lr=-1: must be a positive number"),
-    ("spin.lr=.nan", "spin.lr=nan: must be a positive number"),
+    ("spin.num_epochs=two", "spin.num_epochs=two: must be a whole number of at least 1"),
+    ("spin.num_epochs=1.5", "spin.num_epochs=1.5: must be a whole number of at least 1"),
+    ("sampler.temperature=[1, 1, 1]", "sampler.temperature has 3 values for 4 iterations"),
+    ("sampler.temperature=-1", "sampler.temperature=-1: must be a number of at least 0"),
+    ("spin.nll_weight=[0, 0, 0, -1]", "spin.nll_weight=[0, 0, 0, -1]: must be a number of at least 0"),
+    ("dpo.beta=[0.1, 0.2]", "dpo.beta has 2 values for 1 iterations"),
+    ("method=ppo", "choose one of spin, sft, dpo"),
+    ("spin.replay=true", "spin.replay"),
+    ("spin.num_epochs=0", "spin.num_epochs=0: must be a whole number of at least 1"),
+    ("spin.beta=[0.1, 0.2]", "spin.beta has 2 values for 4 iterations"),
+    ("spin.lr=-1", "spin.lr=-1: must be a number above 0"),
+    ("spin.lr=.nan", "spin.lr=nan: must be a number above 0"),
     ("learner.num_workers=3", "64 = 21 × 3 + 1"),
     ("learner.optimizer=sgd", "choose one of rmsprop, adamw"),
     ("overlap.mode=fast", "choose one of stream, sequential, lookahead"),
@@ -66,7 +73,7 @@ def test_origins(minimal):
     ("run.name=a/b", "plain folder name"),
     ("run.name=..", "plain folder name"),
     ("run.dir=s3:/bucket", "a URL begins with s3://"),
-    ("sft.lr=-1", "must be a positive number"),
+    ("sft.lr=-1", "sft.lr=-1: must be a number above 0"),
     ("sampler.gpu_memory_utilization=3", "must be in (0, 1]"),
     ("beta", "form key=value"),
     ("=3", "form key=value"),
@@ -126,7 +133,7 @@ def test_a_url_is_a_run_dir_and_its_scratch_folder_may_change(minimal):
     assert config.on_object_store and config.run.dir == url
     assert config.run_path.parent.parent == Path("/big/disk") and config.run_path.name == "spin"
     elsewhere, _ = load_config(minimal, ["run.dir=s3://other/runs", "run.scratch=/big/disk"])
-    assert elsewhere.run_path != config.run_path and differences(elsewhere, json.loads(to_json(config, "run"))) == ["command: run -> None"]
+    assert elsewhere.run_path != config.run_path and differences(elsewhere, json.loads(to_json(config))) == []
     load_config(minimal, ["run.dir=abfs://container@store.dfs.core.windows.net/runs"])
     with pytest.raises(BadInput, match="give a path on a disk without file://"):
         load_config(minimal, ["run.dir=file:///runs"])
@@ -136,6 +143,42 @@ def test_offload_without_zero_is_refused(minimal):
     load_config(minimal, ["learner.offload_optimizer=true"])
     with pytest.raises(BadInput, match=r"needs learner.zero_stage 1, 2 or 3 \(here 0\)"):
         load_config(minimal, ["learner.offload_optimizer=true", "learner.zero_stage=0"])
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["spin.loss=space", "spin.label_smoothing=0.1"], r"spin.label_smoothing=0.1: spin.loss=space is no function of the margin alone"),
+    (["spin.loss=triplet", "spin.positive_weight=1"], r"spin.positive_weight=1.0: spin.loss=triplet is no function"),
+    (["spin.loss=triplet", "spin.base_share=0.5"], r"spin.base_share=0.5: spin.loss=triplet has no reference"),
+    (["spin.loss=space", "spin.base_share=0.5"], r"spin.base_share=0.5: spin.loss=space takes each answer alone"),
+    (["dpo.loss=triplet"], r"dpo.loss=triplet: there is no third answer"),
+])
+def test_what_means_nothing_beside_a_loss_is_refused(minimal, overrides, message):
+    with pytest.raises(BadInput, match=message):
+        load_config(minimal, overrides)
+
+
+def test_a_preset_lies_under_the_file_and_the_command_line(minimal):
+    config, origin = load_config(minimal, ["preset=paper", "spin.lr=1e-6"])
+    assert config.spin.beta == [0.1, 0.1, 0.1, 5.0] and config.spin.lr == 1e-6
+    assert (origin["spin.beta"], origin["spin.lr"], origin["preset"]) == ("preset paper", "command line", "command line")
+    minimal.write_text(minimal.read_text() + "preset: careful\nspin: {nll_weight: 0.5}\n")
+    config, origin = load_config(minimal)
+    assert config.spin.nll_weight == 0.5 and config.spin.stop == "either" and origin["spin.stop"] == "preset careful"
+    assert load_config(minimal, ["preset="])[0].spin.stop == "never"
+    saved = json.loads(to_json(config))
+    assert differences(load_config(minimal, ["preset=", "spin.stop=either"])[0], saved) == []
+    with pytest.raises(BadInput, match="preset=bold: choose one of , paper, careful"):
+        load_config(minimal, ["preset=bold"])
+    with pytest.raises(BadInput, match=r"run\.yaml: model\.path is not set"):
+        load_config(minimal, ["preset=paper", "model.path="])
+
+
+def test_every_scheduled_key_takes_a_value_per_iteration(minimal):
+    lists = ["spin.beta=[1, 2]", "spin.lr=[1e-6, 1e-7]", "spin.num_epochs=[2, 1]", "spin.nll_weight=[1, 0]", "sampler.temperature=[1, 0.7]"]
+    config, _ = load_config(minimal, ["spin.num_iterations=2", *lists])
+    for t, values in enumerate([(1, 1e-6, 2, 1, 1), (2, 1e-7, 1, 0, 0.7)]):
+        spin = at(config.spin, t)
+        assert (spin.beta, spin.lr, spin.num_epochs, spin.nll_weight, at(config.sampler, t).temperature) == values
 
 
 def test_unreadable_files(tmp_path):
@@ -148,8 +191,8 @@ def test_unreadable_files(tmp_path):
 
 def test_differences_ignore_what_does_not_change_the_result(minimal):
     config, _ = load_config(minimal)
-    saved = json.loads(to_json(config, "run"))
-    assert saved.pop("command") == "run" and differences(config, saved) == []
+    saved = json.loads(to_json(config))
+    assert differences(config, saved) == []
     other, _ = load_config(minimal, ["spin.beta=0.2", "tracking.wandb.mode=disabled", "run.dir=/elsewhere", "guard.max_rollbacks=9", "run.keep_checkpoints=3"])
     assert differences(other, saved) == ["spin.beta: 0.1 -> 0.2"]
 

@@ -114,47 +114,47 @@ def test_pair_mismatch_matches_its_worked_number():
 
 
 def test_first_loss_is_checked():
-    assert check_first_loss(1, 0.6935, at_zero=0.6931, mismatch=0.0) == pytest.approx(4e-4)
-    assert check_first_loss(1, 0.7, at_zero=0.6931, mismatch=0.04) == pytest.approx(0.0069)
+    assert check_first_loss(1, 0.6935, expected=0.6931, mismatch=0.0) == pytest.approx(4e-4)
+    assert check_first_loss(1, 0.7, expected=0.6931, mismatch=0.04) == pytest.approx(0.0069)
     with pytest.raises(FirstLossError, match=r"iteration 1 is 0\.800000, expected 0\.693100 ± 0\.001000"):
-        check_first_loss(1, 0.8, at_zero=0.6931, mismatch=0.0)
+        check_first_loss(1, 0.8, expected=0.6931, mismatch=0.0)
     with pytest.raises(FirstLossError):
-        check_first_loss(1, float("nan"), at_zero=0.6931, mismatch=0.0)
+        check_first_loss(1, float("nan"), expected=0.6931, mismatch=0.0)
 
 
-def config(tmp_path, **run) -> Config:
-    return Config(run=RunConfig(dir=str(tmp_path), name="r", **run), model=ModelConfig(path="m"), data=DataConfig(train="t"))
+def config(tmp_path, *, method="spin", **run) -> Config:
+    return Config(method, RunConfig(dir=str(tmp_path), name="r", **run), ModelConfig(path="m"), DataConfig(train="t"))
 
 
 def test_run_directory_without_work_takes_a_corrected_config(tmp_path):
-    RunDir.open(config(tmp_path), "run").mark("prepared", block_sizes=[1])
-    assert RunDir.open(config(tmp_path), "run").marks("prepared")
-    assert RunDir.open(config(tmp_path, seed=1), "run").marks("prepared") == []
+    RunDir.open(config(tmp_path)).mark("prepared", block_sizes=[1])
+    assert RunDir.open(config(tmp_path)).marks("prepared")
+    assert RunDir.open(config(tmp_path, seed=1)).marks("prepared") == []
 
 
 def test_run_directory_with_work_refuses_another_config(tmp_path):
-    run = RunDir.open(config(tmp_path), "run")
+    run = RunDir.open(config(tmp_path))
     run.model(0).mkdir(parents=True)
-    assert RunDir.open(config(tmp_path), "run").marks("iteration") == []
+    assert RunDir.open(config(tmp_path)).marks("iteration") == []
     with pytest.raises(BadInput, match=r"another config \(run.seed: 0 -> 1\)"):
-        RunDir.open(config(tmp_path, seed=1), "run")
+        RunDir.open(config(tmp_path, seed=1))
 
 
-def test_another_command_is_another_run(tmp_path):
-    RunDir.open(config(tmp_path), "sft").model(0).mkdir(parents=True)
-    with pytest.raises(BadInput, match="command: now run"):
-        RunDir.open(config(tmp_path), "run")
+def test_another_method_is_another_run(tmp_path):
+    RunDir.open(config(tmp_path, method="sft")).model(0).mkdir(parents=True)
+    with pytest.raises(BadInput, match="method: sft -> spin"):
+        RunDir.open(config(tmp_path))
 
 
 def test_only_one_process_works_on_a_run_and_leftovers_are_removed(tmp_path):
-    run = RunDir.open(config(tmp_path), "run")
+    run = RunDir.open(config(tmp_path))
     (run.path / ".model.123.tmp").mkdir()
     with run.locked():
         assert not (run.path / ".model.123.tmp").exists()
         with pytest.raises(BadInput, match="another process is working on this run"), run.locked():
             pass
         with pytest.raises(BadInput, match="another process is working on this run"):
-            RunDir.open(config(tmp_path, seed=1), "run")  # nor may it put its config in place of the owner's
+            RunDir.open(config(tmp_path, seed=1))  # nor may it put its config in place of the owner's
         (run.path / ".block_00004.parquet.17.tmp").touch()  # of a process that died while the run went on
     assert not (run.path / ".block_00004.parquet.17.tmp").exists()
     with run.locked():
@@ -162,7 +162,7 @@ def test_only_one_process_works_on_a_run_and_leftovers_are_removed(tmp_path):
 
 
 def test_manifest_believes_only_whole_lines(tmp_path):
-    run = RunDir.open(config(tmp_path), "run")
+    run = RunDir.open(config(tmp_path))
     run.mark("iteration", iteration=0)
     with (run.path / "manifest.jsonl").open("a") as manifest:
         manifest.write('{"stage": "iteration", "iter')
@@ -170,7 +170,7 @@ def test_manifest_believes_only_whole_lines(tmp_path):
 
 
 def test_mark_after_a_cut_line_is_believed(tmp_path):
-    run = RunDir.open(config(tmp_path), "run")
+    run = RunDir.open(config(tmp_path))
     (run.path / "manifest.jsonl").write_text('{"stage": "iter')
     run.mark("iteration", iteration=0)
     assert run.marks("iteration") == [{"stage": "iteration", "iteration": 0}]
@@ -202,17 +202,17 @@ def test_full_disk_names_the_file_and_leaves_nothing(tmp_path, make_pairs, monke
 def test_block_of_another_version_is_refused(tmp_path, make_pairs):
     plan = exchange.PlayPlan(RunDir(tmp_path), None, None, max_steps_early=2)
 
-    def spec(kind, size=3):
-        return BlockSpec(1, kind, 0, size, Version(1))
+    def spec(age, size=3):
+        return BlockSpec(1, age, 0, size, Version(1))
 
     def table(**changes):
         return to_table([dataclasses.replace(pair, iteration=1, scored_version=1, **changes) for pair in make_pairs(3)], PAIR_SCHEMA)
 
-    exchange._check_block(plan, spec("replay"), table(opponent_version=0))
-    exchange._check_block(plan, spec("block"), table(opponent_version=1, opponent_steps_early=2))
+    exchange._check_block(plan, spec(1), table(opponent_version=0))
+    exchange._check_block(plan, spec(0), table(opponent_version=1, opponent_steps_early=2))
     for block, found in (
-        (spec("block"), table(opponent_version=0)), (spec("replay", 4), table(opponent_version=0)),
-        (spec("block"), table(opponent_version=1, opponent_steps_early=3)),
+        (spec(0), table(opponent_version=0)), (spec(1, 4), table(opponent_version=0)),
+        (spec(0), table(opponent_version=1, opponent_steps_early=3)),
     ):
         with pytest.raises(RuntimeError, match="expected"):
             exchange._check_block(plan, block, found)
@@ -237,37 +237,59 @@ class CountingPool:
 def test_nothing_is_scored_twice(tmp_path):
     """Replay scores y' only where it is not y; new pairs of the same prompts take the real answers' scores from it."""
     run, pool = RunDir(tmp_path), CountingPool()
-    plan = exchange.PlayPlan(run, pool, None)
+    plan = exchange.PlayPlan(run, pool, [None] * 3)
     reals = [[3, 4, 5], [9, 9], [6]]
     exchange.write_prompts(run, [Prompt(k, np.array([1, 2], np.int32), np.array(real, np.int32)) for k, real in enumerate(reals)], 3)
 
-    def play(kind, t, version):
-        pool.num_scored = 0
-        function = {"block": exchange.sample_pairs, "replay": exchange.rescore_pairs}[kind]
-        pairs = asyncio.run(function(plan, BlockSpec(t, kind, 0, 3, version)))
+    def play(age, t, version):
+        pool.num_scored, block = 0, BlockSpec(t, age, 0, 3, version)
+        pairs = asyncio.run((exchange.rescore_pairs if age else exchange.sample_pairs)(plan, block))
         for pair in pairs:
             assert np.array_equal(pair.opponent_real_logps, -pair.real_ids)
-            if kind == "replay":
+            if age:
                 assert np.array_equal(pair.opponent_generated_logps, -pair.generated_ids)
-        exchange.write_table(run.pairs(t, kind, 0), to_table(pairs, PAIR_SCHEMA))
+        exchange.write_table(run.pairs(t, block.kind, 0), to_table(pairs, PAIR_SCHEMA))
         return pool.num_scored
 
-    assert play("block", 0, Version(0)) == 3
-    assert play("block", 1, Version(1)) == 3  # no replay yet
-    assert play("replay", 1, Version(1)) == 5  # of six answers, one is y itself
-    assert play("block", 1, Version(1, 4)) == 3  # the snapshot did not score the replay
-    assert play("block", 1, Version(1)) == 0
+    assert play(0, 0, Version(0)) == 3
+    assert play(0, 1, Version(1)) == 3  # no replay yet
+    assert play(1, 1, Version(1)) == 5  # of six answers, one is y itself
+    assert play(0, 1, Version(1, 4)) == 3  # the snapshot did not score the replay
+    assert play(0, 1, Version(1)) == 0
+    assert play(1, 2, Version(2)) == 5 and play(2, 2, Version(2)) == 2  # an older replay takes y's scores from the latest
     path = run.pairs(1, "replay", 0)
     exchange.write_table(path, to_table([dataclasses.replace(p, scored_version=0) for p in from_table(pq.read_table(path), Pair)], PAIR_SCHEMA))
-    assert play("block", 1, Version(1)) == 3  # scored by another version
+    assert play(0, 1, Version(1)) == 3  # scored by another version
     path.write_bytes(b"PAR1 damaged")
-    assert play("block", 1, Version(1)) == 3
+    assert play(0, 1, Version(1)) == 3
+
+
+def test_anchors_are_what_theta_0_answered(tmp_path):
+    """A pair that theta_0 wrote has its anchor in y'; so has one whose y' is the same answer. All others carry it, scored by theta_t."""
+    run, pool = RunDir(tmp_path), CountingPool()
+    plan = exchange.PlayPlan(run, pool, [None] * 3, anchored=True)
+    firsts = [[7, 7], [9, 9], [6]]
+    pairs = [
+        Pair(k, 0, 0, 0, np.array([1], np.int32), np.array([3], np.int32), np.array(first, np.int32), -np.ones(1, np.float32), -np.ones(len(first), np.float32), "stop")
+        for k, first in enumerate(firsts)
+    ]
+    exchange.write_table(run.pairs(0, "block", 0), to_table(pairs, PAIR_SCHEMA))
+    assert asyncio.run(exchange.with_anchors(plan, BlockSpec(0, 0, 0, 3, Version(0)), pairs)) == pairs
+    assert asyncio.run(exchange.with_anchors(plan, BlockSpec(1, 1, 0, 3, Version(1)), pairs)) == pairs and pool.num_scored == 0
+    written = [dataclasses.replace(pair, generated_ids=np.array([9, 9], np.int32), iteration=1, opponent_version=1) for pair in reversed(pairs)]
+    for block in (BlockSpec(1, 0, 0, 3, Version(1)), BlockSpec(2, 1, 0, 3, Version(2))):
+        pool.num_scored = 0
+        found = {pair.prompt_id: pair for pair in asyncio.run(exchange.with_anchors(plan, block, written))}
+        assert [found[k].anchor_ids.tolist() for k in range(3)] == [[7, 7], [], [6]] and pool.num_scored == 2
+        assert [found[k].opponent_anchor_logps.tolist() for k in range(3)] == [[-7, -7], [], [-6]]
+    [unscored] = asyncio.run(exchange.with_anchors(dataclasses.replace(plan, score=False), BlockSpec(1, 0, 0, 3, Version(1)), written[:1]))
+    assert unscored.anchor_ids.tolist() == [6] and len(unscored.opponent_anchor_logps) == 0
 
 
 def test_looking_for_a_replayed_block_leaves_alone_what_is_not_uploaded_yet(tmp_path, make_pairs):
     storage = ObjectStore(f"memory://{tmp_path.name}", tmp_path / "here")
     run = RunDir(tmp_path / "here/run", storage)
-    path, spec = run.pairs(1, "replay", 0), BlockSpec(1, "block", 0, 3, Version(1))
+    path, spec = run.pairs(1, "replay", 0), BlockSpec(1, 0, 0, 3, Version(1))
     exchange.write_table(path, to_table(make_pairs(3), PAIR_SCHEMA))
     assert exchange._replayed(exchange.PlayPlan(run, None, None), spec) == [] and path.exists()
     storage.publish(path)
@@ -280,7 +302,7 @@ def test_versions_are_ordered_as_the_main_player_reaches_them():
 
 
 def test_saved_config_is_plain_json(tmp_path):
-    run = RunDir.open(config(tmp_path), "run")
+    run = RunDir.open(config(tmp_path))
     assert json.loads((run.path / "config.json").read_text())["spin"]["beta"] == 0.1
 
 
@@ -302,7 +324,7 @@ def test_a_damaged_block_is_noticed_and_named(tmp_path, make_pairs):
 
 
 def test_a_damaged_model_is_never_loaded(tmp_path):
-    run = RunDir.open(config(tmp_path), "run")
+    run = RunDir.open(config(tmp_path))
     run.model(0).mkdir(parents=True)
     (run.model(0) / "model.safetensors").write_bytes(b"weights")
     run.check_model(0)  # a run that was cut off before its checksums were known
@@ -322,18 +344,19 @@ def test_damaged_prompts_are_named(tmp_path):
         exchange.read_prompts(path)
 
 
-@pytest.mark.parametrize(("keep", "pairs", "checkpoints"), [
-    (RunConfig(), [True] * 4, [False, False, True, True]),
-    (RunConfig(keep_pairs_iterations=1, keep_checkpoints=2), [False, False, True, True], [False, True, True, True]),
+@pytest.mark.parametrize(("keep", "needed", "pairs", "checkpoints"), [
+    (RunConfig(), {2}, [True] * 4, [False, False, True, True]),
+    (RunConfig(keep_pairs_iterations=1, keep_checkpoints=2), {2}, [False, False, True, True], [False, True, True, True]),
+    (RunConfig(keep_pairs_iterations=1), {0, 2}, [True, False, True, True], [False, False, True, True]),
 ])
-def test_what_finished_iterations_leave_and_a_crash_kept_is_dropped(tmp_path, keep, pairs, checkpoints):
+def test_what_finished_iterations_leave_and_a_crash_kept_is_dropped(tmp_path, keep, needed, pairs, checkpoints):
     run = RunDir(tmp_path)
     for t in range(4):
         for path in (run.progress(t), run.checkpoint(t), run.iteration(t) / "pairs"):
             path.mkdir(parents=True)
     for t in range(3):
         run.mark("iteration", iteration=t)
-    run.drop_outdated(keep)
+    run.drop_outdated(keep, needed)
     assert [run.progress(t).exists() for t in range(4)] == [False, False, False, True]
     assert [run.checkpoint(t).exists() for t in range(4)] == checkpoints
     assert [(run.iteration(t) / "pairs").exists() for t in range(4)] == pairs  # the newest finished ones are replayed

@@ -73,7 +73,7 @@ def test_a_short_limit_that_cuts_real_answers_too_stops_nothing(first_answers, m
 
 def test_log_probs_that_are_no_numbers(make_pairs):
     pairs = make_pairs(3)
-    block = BlockSpec(3, "replay", 7, 3, Version(3))
+    block = BlockSpec(3, 1, 7, 3, Version(3))
     check_logps(block, to_table(pairs, PAIR_SCHEMA))
     check_logps(block, to_table([dataclasses.replace(p, opponent_real_logps=p.opponent_real_logps[:0]) for p in pairs], PAIR_SCHEMA))
     pairs[1].opponent_real_logps[0] = float("nan")
@@ -112,7 +112,7 @@ def rollbacks(tmp_path):
     def make(heard, **guard):
         guard = GuardConfig(**{"on_divergence": "rollback", **guard})
         config = Config(run=RunConfig(dir=str(tmp_path)), model=ModelConfig(path="x"), guard=guard)
-        run = RunDir.open(config, "run")
+        run = RunDir.open(config)
         return run, Rollbacks(config, run, heard, heard, heard)
 
     return make

@@ -16,6 +16,7 @@ from spin_ray.learner.batches import batches, learning_rate
 from spin_ray.learner.coordinator import Base, Coordinator, Failure, Joined
 from spin_ray.learner.loop import RolledBack, Worker, check_numbers, staleness
 from spin_ray.learner.messages import Count, Train
+from spin_ray.losses import PairObjective
 from spin_ray.records import PAIR_SCHEMA, Span, Version, opponent_reference, to_table
 from spin_ray.storage import DISK
 
@@ -23,7 +24,7 @@ BASE = Base("theta_0", None)
 
 
 def command(sizes, *, epochs=2):
-    return Train(iteration=1, block_sizes=tuple(sizes), num_epochs=epochs, num_steps=0, loss_fn=None, normalizer=len, lr=1.0)
+    return Train(iteration=1, block_sizes=tuple(sizes), num_epochs=epochs, num_steps=0, objective=PairObjective(0.1), lr=1.0)
 
 
 def blocks(sizes):
@@ -79,25 +80,25 @@ def test_learning_rate_rises_then_falls_to_almost_zero():
 
 
 class FakePlayer:
-    """Scores a pair by its prompt_id, 1000 higher with the frozen weights; remembers the order of calls."""
+    """Scores a pair by its prompt_id, 1000 higher with theta_t's copy, 2000 with theta_0's; remembers the order of calls."""
 
     def __init__(self):
         self.calls = []
 
-    def freeze(self):
-        self.calls.append("freeze")
+    def keep_copy(self, name, model_path=None):
+        self.calls.append(f"keep {name}" + (f" of {model_path}" if model_path else ""))
 
-    def score(self, pairs, *, frozen=False):
+    def score(self, pairs, *, copy=None):
         self.calls.append("score")
-        return np.array([[pair.prompt_id + 1000 * frozen, 0.0] for pair in pairs])
+        return np.stack([np.full((3, 2), pair.prompt_id + {None: 0, "opponent": 1000, "base": 2000}[copy]) for pair in pairs])
 
 
-def scored(scorer, pairs):
+def scored(scorer, pairs, **more):
     """References that the worker gives two blocks, and in which order it scored and yielded."""
     player = FakePlayer()
-    worker = Worker(player, SimpleNamespace(coordinator=None), Joined(BASE, 1, 0))
+    worker = Worker(player, SimpleNamespace(coordinator=None, storage=DISK), Joined(BASE, 1, 0))
     references = []
-    for block in worker._scored(iter([pairs[:2], pairs[2:]]), scorer):
+    for block in worker._scored(iter([pairs[:2], pairs[2:]]), dataclasses.replace(command([2, 2]), scorer=scorer, **more)):
         player.calls.append("yield")
         references += [reference for _, reference in block]
     return np.array(references), player.calls
@@ -107,11 +108,30 @@ def test_references_of_each_scorer(make_pairs):
     pairs = make_pairs(4)
     own, calls = scored("opponent", pairs)
     assert calls == ["yield", "yield"]
-    np.testing.assert_allclose(own, [[p.opponent_real_logps.sum(), p.opponent_generated_logps.sum()] for p in pairs], rtol=1e-6)
+    assert own.shape == (4, 1, 3, 2)
+    np.testing.assert_allclose(own[:, 0, :2].sum(-1), [[p.opponent_real_logps.sum(), p.opponent_generated_logps.sum()] for p in pairs], rtol=1e-6)
     frozen, calls = scored("frozen", pairs)
-    assert calls == ["freeze", "score", "yield", "score", "yield"] and frozen[:, 0].tolist() == [1000, 1001, 1002, 1003]
+    assert calls == ["keep opponent", "score", "yield", "score", "yield"] and frozen[:, 0, 0, 0].tolist() == [1000, 1001, 1002, 1003]
     learner, calls = scored("learner", pairs)
-    assert calls == ["score", "score", "yield", "yield"] and learner[:, 0].tolist() == [0, 1, 2, 3]
+    assert calls == ["score", "score", "yield", "yield"] and learner[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_theta_0_s_references_come_second(make_pairs):
+    pairs = make_pairs(4)
+    for scorer, first in (("opponent", None), ("frozen", [1000, 1001, 1002, 1003]), ("learner", [0, 1, 2, 3])):
+        found, calls = scored(scorer, pairs, base_path="sft")
+        assert "keep base of sft" in calls and found.shape == (4, 2, 3, 2)
+        assert found[:, 1, 2, 1].tolist() == [2000, 2001, 2002, 2003] and (first is None or found[:, 0, 0, 0].tolist() == first)
+
+
+def test_a_reference_is_split_where_the_shorter_answer_ends(make_pairs):
+    pair = dataclasses.replace(
+        make_pairs(1)[0], real_ids=np.arange(3), generated_ids=np.arange(5), anchor_ids=np.arange(2), opponent_real_logps=np.float32([-1, -2, -3]),
+        opponent_generated_logps=np.float32([-1, -2, -3, -4, -5]), opponent_anchor_logps=np.float32([-7, -8]),
+    )
+    assert opponent_reference(pair).tolist() == [[-6, 0], [-6, -9], [-15, 0]]
+    alone = dataclasses.replace(pair, generated_ids=pair.generated_ids[:0], opponent_generated_logps=pair.opponent_generated_logps[:0])
+    assert opponent_reference(alone)[0].tolist() == [-6, 0]
 
 
 def test_staleness(make_pairs):
@@ -275,7 +295,7 @@ class RecordingPlayer:
     def any_rank(self, flag):
         return flag
 
-    def step(self, pairs, references, *, loss_fn, lr, normalizer):
+    def step(self, pairs, references, *, objective, lr):
         self.lrs.append(lr)
         return {"loss": float("nan") if lr >= 1 else 0.5, "grad_norm": 1.0, "num_tokens": 3.0}
 
@@ -346,8 +366,8 @@ def test_progress_of_an_iteration_that_is_not_the_base_s_belongs_to_a_theta_that
 
 
 def test_count_goes_on_where_it_was():
-    count = Count().after({"loss": 2.0, "spin_loss": 0.7, "num_tokens": 10.0}, 4).after({"loss": 1.0, "num_tokens": 5.0}, 3)
-    assert count == Count(steps=2, pairs=7, tokens=15, first_loss=0.7)
+    count = Count().after({"loss": 2.0, "pair_loss": 0.7, "expected_pair_loss": 0.69, "num_tokens": 10.0}, 4).after({"loss": 1.0, "num_tokens": 5.0}, 3)
+    assert count == Count(steps=2, pairs=7, tokens=15, first_loss=0.7, expected_first_loss=0.69)
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

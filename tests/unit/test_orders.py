@@ -23,7 +23,7 @@ from test_pool import Handle, restart
 
 from spin_ray.background import in_background
 from spin_ray.config import load_config
-from spin_ray.errors import BadInput, Diverged, EngineFailed, RunStopped, WeightsLost
+from spin_ray.errors import BadInput, Diverged, EngineFailed, Enough, RunStopped, WeightsLost
 from spin_ray.exchange.audit import FirstLossError
 from spin_ray.exchange.pairs import PlayBlock, write_prompts
 from spin_ray.interrupt import Interrupted, Interrupts
@@ -41,6 +41,7 @@ from spin_ray.records import Prompt, Version
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, EVALUATE, Limits, SamplerPool
 from spin_ray.selfplay import Prepared, SelfPlay
+from spin_ray.stop import Verdict
 from spin_ray.storage import DISK
 from spin_ray.terminal import Terminal
 from spin_ray.tracking import Tracker
@@ -247,9 +248,9 @@ class ScriptedPlayer(FakePlayer):
         super().__init__(itertools.repeat(1e9), 0.0)
         self._script, self._group, self._t, self._step = script, group, -1, 0
 
-    def score(self, pairs, *, frozen=False):
+    def score(self, pairs, *, copy=None):
         self._t = pairs[0].iteration
-        return np.zeros((len(pairs), 2))
+        return np.zeros((len(pairs), 3, 2))
 
     def begin_iteration(self):
         super().begin_iteration()
@@ -263,7 +264,7 @@ class ScriptedPlayer(FakePlayer):
         metrics = super().step(pairs, references, **options)
         loss = self._script.get((self._group, pairs[0].iteration, self._step), math.log(2))
         self._step += 1
-        return {**metrics, "loss": loss, "spin_loss": loss}
+        return {**metrics, "loss": loss, "pair_loss": loss}
 
 
 class LocalLearner(Learner):
@@ -360,7 +361,7 @@ class Run:
     """A run of the loop in a thread of its own."""
 
     def __init__(self, config, messages, script, samplers, heldout, monkeypatch):
-        self.run, self.messages, self.interrupts = RunDir.open(config, "run"), messages, Interrupts()
+        self.run, self.messages, self.interrupts = RunDir.open(config), messages, Interrupts()
         self._learner = learner = LocalLearner(config, self.run, messages, script)
         monkeypatch.setattr(ray, "put", learner.put)
         monkeypatch.setattr("spin_ray.opponent.play", self._play)
@@ -463,7 +464,7 @@ def orders_with(event, *more):
     return [[*BORDER[:place], event, *more, *BORDER[place:]] for place in range(len(BORDER) + 1)]
 
 
-ALL_AHEAD = ["spin.replay=false", "overlap.lookahead_fraction=0.99"]
+ALL_AHEAD = ["spin.replay=0", "overlap.lookahead_fraction=0.99"]
 """The snapshot plays all of iteration 1, so that its training may be over before theta_1 is released."""
 SNAPSHOT = "theta_1 less 2 steps"
 
@@ -571,7 +572,7 @@ def test_a_first_loss_that_is_wrong_ends_the_run_also_where_its_training_is_over
 def test_an_evaluation_that_is_put_off(start, order, mode):
     if order[1:] == ["evaluate theta_0"] and order[0] == "answer save 3":
         order = ["answer save 2", "evaluate theta_0"]
-    run = start(f"overlap.mode={mode}", "spin.num_iterations=3", "spin.replay=false", heldout=4, order=order)
+    run = start(f"overlap.mode={mode}", "spin.num_iterations=3", "spin.replay=0", heldout=4, order=order)
     run.result()
     run.assert_whole(iterations=3)
     assert sorted(mark["version"] for mark in run.run.marks("evaluation")) == [0, 1, 2, 3]
@@ -585,6 +586,24 @@ def test_an_evaluation_is_put_off_once(start):
     run.messages.let_go("evaluate theta_0")
     run.result()
     run.assert_whole(iterations=3)
+
+
+@pytest.mark.parametrize("version, held", [
+    *itertools.product((0, 1), ("", "step 1.2", "load theta_2", "audit theta_2", "answer save 2", "release theta_2", "answer train 2")),
+    (2, ""), (2, "step 2.2"), (2, "answer train 2"), (2, "load theta_3"), (2, "answer save 3"),
+])
+def test_a_run_that_has_nothing_more_to_gain_ends_wherever_it_waits(start, monkeypatch, version, held):
+    """The verdict on theta_version comes when it comes: what is marked then stands, the run is finished, and says why."""
+    monkeypatch.setattr("spin_ray.evaluation.judge", lambda history, spin: Verdict(0, "made up" * (history[-1].version == version)))
+    run = start("overlap.mode=stream", "spin.num_iterations=3", heldout=4, hold=[held] if held else [])
+    try:
+        run.result()
+    except Enough as end:
+        assert str(end) == "made up"
+        assert [mark["reason"] for mark in run.run.marks("stopped")] == ["made up"] and len(run.run.marks("iteration")) < 3 + (not held)
+    else:
+        assert version == 2 and not held and len(run.run.marks("iteration")) == 3  # the verdict came when all was trained
+    assert run.run.marks("finished") and run.run.best() == "sft"
 
 
 WAITS = ["audit theta_0", f"load {SNAPSHOT}", "load theta_1", "audit theta_1", "saved theta_1", "release theta_1", "evaluate theta_0", "evaluate theta_2"]

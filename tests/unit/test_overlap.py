@@ -5,19 +5,20 @@ import threading
 import pytest
 
 from spin_ray.config import Config, LearnerConfig, OverlapConfig, SpinConfig
+from spin_ray.methods import method_of
 from spin_ray.overlap import Overlap
 from spin_ray.records import Version
 
 SIZES = [4, 4, 4, 4, 3]
 
 
-def overlap(mode, *, first=0, fraction=0.2, replay=True, max_steps=0):
+def overlap(mode, *, first=0, fraction=0.2, replay=1, max_steps=0):
     config = Config(
         spin=SpinConfig(num_iterations=3, replay=replay), learner=LearnerConfig(batch_pairs=8),
         overlap=OverlapConfig(mode=mode, lookahead_fraction=fraction),
     )
     config.run.max_steps = max_steps
-    return Overlap(config, SIZES, first)
+    return Overlap(config, method_of(config), SIZES, first)
 
 
 def kinds(blocks):
@@ -29,7 +30,10 @@ def test_exact_modes_play_everything_with_theta_t_and_replay_first(mode):
     schedule = overlap(mode)
     assert kinds(schedule.blocks(0)) == [("block", k, "theta_0") for k in range(5)]
     assert kinds(schedule.blocks(1)) == [("replay", k, "theta_1") for k in range(5)] + [("block", k, "theta_1") for k in range(5)]
-    assert len(overlap(mode, replay=False).blocks(1)) == 5
+    assert len(overlap(mode, replay=0).blocks(1)) == 5
+    history = overlap(mode, replay=5)
+    assert [block.kind for block in history.blocks(2)] == ["replay"] * 5 + ["replay2"] * 5 + ["block"] * 5
+    assert history.num_steps(2) == 2 * -(-3 * 19 // 8) and [block.place for block in history.blocks(2)] == list(range(15))
     assert schedule.max_steps_early == 0 and schedule.snapshot(0) is None and not schedule.starts_stale(1)
     assert schedule.waits_for_all == (mode == "sequential")
 

@@ -1,6 +1,7 @@
 """Packing changes nothing: packed == padded == one answer at a time, in loss-relevant log-probs and in every gradient."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def padded_sums(model: LlamaForCausalLM, pairs: list[Pair]) -> torch.Tensor:
 def packed_sums(policy: PolicyLogps, pairs: list[Pair], *, share_prompt: bool) -> torch.Tensor:
     packed = pack(pairs, share_prompt=share_prompt)
     out = policy(packed)
-    return out.new_zeros(2 * len(pairs)).index_add(0, packed.answer_of, out).view(len(pairs), 2)
+    return packed.sums(out)[:, :2].sum(-1)
 
 
 def gradients(model: torch.nn.Module, sums: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -134,6 +135,25 @@ def test_pair_without_generated_answer_has_only_its_real_branch():
     packed = pack([pair(4, 3, 0)], share_prompt=True)
     assert packed.answer_of.tolist() == [0, 0, 0]
     assert packed.trees[0].mask is None
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_a_third_answer_is_packed_as_the_others_and_parts_add_up(share_prompt):
+    anchors = [pair(5, 4, 7), pair(1, 1, 1), *ALIKE]
+    three = [replace(one, anchor_ids=np.concatenate([one.real_ids[: k % 3], np.arange(1, 4 + k, dtype=np.int32)])) for k, one in enumerate(anchors)]
+    model, policy = tiny(tied=True, implementation="sdpa"), PolicyLogps(tiny(tied=True, implementation=attention.NAME))
+    packed = pack(three, share_prompt=share_prompt)
+    sums = packed.sums(policy(packed))
+    as_generated = [replace(one, generated_ids=one.anchor_ids) for one in three]
+    expected = torch.cat([plain_sums(model, three), plain_sums(model, as_generated)[:, 1:]], 1)
+    torch.testing.assert_close(sums.sum(-1), expected)
+    lone = pack(three[:1], share_prompt=share_prompt)  # 4, 7 and 3 tokens: the border is behind the fourth
+    logps, answer_of = policy(lone), lone.answer_of
+    for answer, length in enumerate((4, 7, 3)):
+        torch.testing.assert_close(sums[0, answer, 0], logps[answer_of == answer][: min(length, 4)].sum())
+        torch.testing.assert_close(sums[0, answer, 1], logps[answer_of == answer][4:].sum())
+    for one in three:
+        assert row_tokens(one, share_prompt=share_prompt) == len(pack([one], share_prompt=share_prompt).input_ids)
 
 
 def test_what_both_answers_begin_with_is_laid_out_once():

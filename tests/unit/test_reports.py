@@ -13,6 +13,7 @@ from spin_ray.errors import Diverged, RunStopped
 from spin_ray.learner.messages import Divergence, Saving, StepRecord, TrainReport
 from spin_ray.learner.reports import Reports
 from spin_ray.manifest import RunDir
+from spin_ray.methods import method_of
 from spin_ray.overlap import Overlap
 from spin_ray.preflight import Proof
 from spin_ray.records import Span
@@ -112,17 +113,17 @@ def test_the_terminal_shows_spin_s_loss_apart_from_the_nll_term(tmp_path, weight
     """README promises a first loss of 0.693, whatever is added to it."""
     monkeypatch.setattr("spin_ray.terminal.PLAIN_EVERY_S", 0)
     config, _ = load_config("conf/demo.yaml", [f"run.dir={tmp_path}", f"spin.nll_weight={weight}", "spin.num_iterations=1"])
-    logged = []
+    method, logged = method_of(config), []
     tracker = SimpleNamespace(log=lambda group, metrics, **stamp: logged.append((group, metrics)))
     with (tmp_path / "terminal").open("w") as file, Terminal(file) as terminal:
-        reporting = Reporting(config, RunDir.open(config, "run"), None, Overlap(config, [4]), Proof(), tracker, terminal)
+        reporting = Reporting(config, method, RunDir.open(config), None, Overlap(config, method, [4]), Proof(), tracker, terminal)
         loss = 0.693 + weight * 0.704
-        reporting.step(StepRecord(0, 0, 1, {"loss": loss, "spin_loss": 0.693, "margin": 0.0, "pairs_per_s": 9.0, "waited_s": 0.0}, 1))
+        reporting.step(StepRecord(0, 0, 1, {"loss": loss, "pair_loss": 0.693, "margin": 0.0, "pairs_per_s": 9.0, "waited_s": 0.0}, 1))
         reporting.spans([Span("main player", "train", 0, 1.0, 2.0), Span("opponent 0", "play", 0, 0.0, 1.0)])
-        row = reporting.trained(0, TrainReport(1, 4, 9, 1.0, 0.0, 0.693, 0.0), num_restarts=0)
+        row = reporting.trained(0, TrainReport(1, 4, 9, 1.0, 0.0, 0.693, 0.693, 0.0), num_restarts=0)
         reporting.row(0, {}, {})
         reporting.row(1, {}, row)
     step_line, header, _, last = (tmp_path / "terminal").read_text().splitlines()
     assert "loss 0.693  " + ("NLL term 0.176  " if weight else "") + "margin 0.00" in step_line
     assert ("NLL term" in header) == bool(weight) and ("0.693     0.176" in last) == bool(weight) and "0.693" in last
-    assert dict(logged)["train"]["loss"] == loss and dict(logged)["train"]["spin_loss"] == 0.693
+    assert dict(logged)["train"]["loss"] == loss and dict(logged)["train"]["pair_loss"] == 0.693

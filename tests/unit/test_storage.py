@@ -115,13 +115,13 @@ def test_storage_that_nothing_knows_is_refused(tmp_path):
 
 def test_a_run_goes_on_from_the_store_alone(object_store, tmp_path):
     url = object_store % uuid.uuid4().hex
-    run = RunDir.open(config(url, tmp_path / "first"), "run")
+    run = RunDir.open(config(url, tmp_path / "first"))
     with run.locked():
         run.mark("prepared", block_sizes=[3])
         write(run.path / "metrics.jsonl", "{}\n"), write(run.logs / "sampler-0.log", "hello")
         write(run.model(0) / "weights", "w"), run.storage.publish(run.model(0))
         run.mark_checksums(0)
-    again = RunDir.open(config(url, tmp_path / "second"), "run")
+    again = RunDir.open(config(url, tmp_path / "second"))
     with again.locked():
         assert again.marks("prepared") == [{"stage": "prepared", "block_sizes": [3]}]
         assert (again.path / "metrics.jsonl").read_text() == "{}\n"
@@ -132,7 +132,7 @@ def test_a_run_goes_on_from_the_store_alone(object_store, tmp_path):
     assert store.open_input_stream(f"{base}/r/manifest.jsonl").read().decode().count("\n") == 3
     assert store.open_input_stream(f"{base}/r/logs/sampler-0.log").read() == b"hello"
     with pytest.raises(BadInput, match=r"s3://bucket/.*/r belongs to a run with another config \(run\.seed: 0 -> 1\)"):
-        RunDir.open(config(url, tmp_path / "third", seed=1), "run")
+        RunDir.open(config(url, tmp_path / "third", seed=1))
     with store.open_output_stream(f"{base}/r/iter_000/model/weights") as file:
         file.write(b"v")
     with pytest.raises(BadInput, match=r"s3://bucket/.*/r/iter_000/model/weights: missing or damaged"):
@@ -260,13 +260,13 @@ def test_storages_have_the_same_verbs_and_pickle(nodes):
 
 
 def test_a_damaged_manifest_or_config_is_named(tmp_path):
-    run = RunDir.open(config(str(tmp_path), tmp_path), "run")
+    run = RunDir.open(config(str(tmp_path), tmp_path))
     write(run.path / "manifest.jsonl", '{"stage": "prep\x00\n')
     with pytest.raises(BadInput, match=r"manifest\.jsonl: damaged"):
         run.marks("prepared")
     write(run.path / "config.json", "{")
     with pytest.raises(BadInput, match=r"config\.json: damaged"):
-        RunDir.open(config(str(tmp_path), tmp_path), "run")
+        RunDir.open(config(str(tmp_path), tmp_path))
 
 
 def test_ray_train_is_told_of_the_store(nodes):
