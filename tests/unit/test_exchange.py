@@ -123,7 +123,7 @@ def test_first_loss_is_checked():
 
 
 def config(tmp_path, *, method="spin", **run) -> Config:
-    return Config(method, RunConfig(dir=str(tmp_path), name="r", **run), ModelConfig(path="m"), DataConfig(train="t"))
+    return Config(method=method, run=RunConfig(dir=str(tmp_path), name="r", **run), model=ModelConfig(path="m"), data=DataConfig(train="t"))
 
 
 def test_run_directory_without_work_takes_a_corrected_config(tmp_path):

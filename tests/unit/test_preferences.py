@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from spin_ray.chat import ChatFormat
-from spin_ray.config import Config, DataConfig, ModelConfig, RunConfig, load_config
+from spin_ray.config import Config, DataConfig, ModelConfig, load_config
 from spin_ray.data import load_both, load_prompts
 from spin_ray.data.choice import choose_preference
 from spin_ray.data.rows import read_dialogue
@@ -98,7 +98,7 @@ def test_dpo_reads_preferences_for_training_and_takes_the_chosen_answer_of_held_
     rows.write_text(json.dumps(SHAPES["text"]) + "\n")
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text(json.dumps({"prompt": "Bye", "chosen": "So long", "rejected": "No"}) + "\n")
-    config = Config("dpo", RunConfig(), ModelConfig(path="m"), DataConfig(train=str(rows), eval=str(heldout)))
+    config = Config(method="dpo", model=ModelConfig(path="m"), data=DataConfig(train=str(rows), eval=str(heldout)))
     loaded = load_both(config, chat, lambda line: None)
     assert chat.decode(loaded.train[0].rejected_ids) == "Hello there" and len(loaded.heldout[0].rejected_ids) == 0
     pair = method_of(config).pair(loaded.train[0])
