@@ -25,7 +25,7 @@ REQUIRED = ("model.path", "data.train")
 @dataclass
 class Config:
     preset: str = one_of("", choices=("", *PRESETS))
-    """Values under those of the file: paper, or careful (docs/study.md says why those)."""
+    """Values under those of the file, of spin_ray/presets/: paper, or careful, which holds log p(y) up and knows when to stop."""
     method: str = one_of("spin", choices=("spin", "sft", "dpo"))
     """spin: self-play; sft: supervised fine-tuning on the same rows; dpo: on preference rows (prompt, chosen, rejected)."""
     run: RunConfig = field(default_factory=RunConfig)
