@@ -131,7 +131,7 @@ class Evaluations:
             self._threads.result(self._started[earlier])
 
     def _evaluate(self, version: int, trained: Mapping[str, Any], before: Future | None) -> None:
-        metrics = self._known().get(version, {})
+        metrics = self._run.evaluations().get(version, {})
         if self._heldout and not metrics:
             self._overlap.wait_until_may_evaluate(version)
             if before and not before.done():
@@ -145,7 +145,7 @@ class Evaluations:
         if metrics and version:
             name = "real_nll_nats_per_token"
             model = self._run.storage.name(self._run.model(version - 1))
-            check_nll(version, metrics[name], self._known()[0][name], self._config, model)
+            check_nll(version, metrics[name], self._run.evaluations()[0][name], self._config, model)
         if metrics:
             self._judge(version)
 
@@ -180,15 +180,12 @@ class Evaluations:
             self._threads.fail(Enough(reason))
 
     def _standing(self, version: int) -> Standing:
-        pairs, metrics = self._answers(version), self._known()[version]
+        pairs, metrics = self._answers(version), self._run.evaluations()[version]
         nll = -np.array([pair.opponent_real_logps.sum(dtype=np.float64) for pair in pairs])
         tokens = np.mean([len(pair.real_ids) for pair in pairs])
         right = are_right(self._heldout, [pair.generated_ids for pair in pairs], self._facts.chat.decode)
         accuracy = (metrics["advantage_accuracy"], metrics["advantage_accuracy_se"]) if version else None
         return Standing(version, nll / tokens, right, accuracy)
-
-    def _known(self) -> dict[int, dict[str, float]]:
-        return {mark["version"]: mark["metrics"] for mark in self._run.marks("evaluation")}
 
     def _catch_up(self, version: int, before: Future) -> None:
         """First the evaluation of the version before, which was put off: its weights come back for as long as it takes."""

@@ -110,6 +110,10 @@ class RunDir:
         """What theta_version answered to the held-out prompts."""
         return self.path / "heldout" / f"theta_{version:03d}.parquet"
 
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Held-out metrics of every version that has been evaluated."""
+        return {mark["version"]: mark["metrics"] for mark in self.marks("evaluation")}
+
     @property
     def stop_file(self) -> Path:
         """A file that somebody puts there to end the run when a version has been evaluated; its text is the reason."""

@@ -51,11 +51,6 @@ class Config:
         """The run's folder; on an object store the one that stands for it on every node."""
         return self.run.path
 
-    @property
-    def num_iterations(self) -> int:
-        """Of the method: only SPIN has more than one."""
-        return self.spin.num_iterations if self.method == "spin" else 1
-
     def num_steps(self, num_pairs: int, num_epochs: int) -> int:
         """Optimizer steps on so many pairs: every epoch ends with a batch of its own, however small."""
         steps = num_epochs * -(-num_pairs // self.learner.batch_pairs)

@@ -63,7 +63,10 @@ def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = Non
         )
     if data.eval_split and not data.eval:
         raise BadInput(f"data.eval_split={data.eval_split}: there is no data.eval whose split it could be; give data.eval too")
-    train, counts = load_train(config, chat, say, show)
+    train, counts = load_prompts(
+        data.train, data, chat, seed=config.run.seed, limit=data.max_prompts, preferences=config.method == "dpo", say=say, show=show
+    )
+    say(counted(data.train, counts))
     if not data.eval:
         return Loaded(train, [], counts, {})
     heldout, heldout_counts = load_prompts(
@@ -72,16 +75,6 @@ def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = Non
     say(counted(data.eval, heldout_counts))
     heldout_counts |= _warn_of_overlap(train, heldout, data, say)
     return Loaded(train, heldout, counts, heldout_counts)
-
-
-def load_train(config: Config, chat: ChatFormat, say: Say, show: Say | None = None) -> tuple[list[Prompt], dict[str, int]]:
-    """`load_prompts` of data.train, and a line for the user."""
-    data, preferences = config.data, config.method == "dpo"
-    prompts, counts = load_prompts(
-        data.train, data, chat, seed=config.run.seed, limit=data.max_prompts, preferences=preferences, say=say, show=show
-    )
-    say(counted(data.train, counts))
-    return prompts, counts
 
 
 def load_prompts(

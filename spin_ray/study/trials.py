@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spin_ray.config import load_config
 from spin_ray.manifest import RunDir
@@ -35,15 +33,14 @@ def play(
 ) -> Outcome:
     """Run the config, or go on with it; `heard` is told of every version's held-out metrics as soon as they are marked.
 
-    The run's own output goes to `log`. A signal of the terminal reaches it too: it saves its progress and ends.
+    The run has our environment, so runs share the cluster in RAY_ADDRESS, if there is one. Its own output goes to `log`. A signal of the
+    terminal reaches it too: it saves its progress and ends.
     """
     run = RunDir(load_config(config, overrides)[0].run_path)
     log.parent.mkdir(parents=True, exist_ok=True)
     begun, told = time.monotonic(), set()
     with log.open("a") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "spin_ray", "run", config, *overrides], stdout=output, stderr=subprocess.STDOUT, env=_environment()
-        )
+        process = subprocess.Popen([sys.executable, "-m", "spin_ray", "run", config, *overrides], stdout=output, stderr=subprocess.STDOUT)
         ended = False
         while not ended:
             try:
@@ -51,18 +48,9 @@ def play(
                 ended = True
             except subprocess.TimeoutExpired:
                 ended = False
-            for version, metrics in evaluations(run).items():
+            for version, metrics in run.evaluations().items():
                 if version not in told:
                     told.add(version)
                     heard(version, metrics, run)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("spin-ray: ")]
-    return Outcome(process.returncode, lines[-1].removeprefix("spin-ray: ") if lines else "", evaluations(run), time.monotonic() - begun)
-
-
-def evaluations(run: RunDir) -> dict[int, dict[str, float]]:
-    return {mark["version"]: mark["metrics"] for mark in run.marks("evaluation")}
-
-
-def _environment() -> dict[str, Any]:
-    """Ours, so that runs share the cluster in RAY_ADDRESS, if there is one."""
-    return dict(os.environ)
+    return Outcome(process.returncode, lines[-1].removeprefix("spin-ray: ") if lines else "", run.evaluations(), time.monotonic() - begun)
