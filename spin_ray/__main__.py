@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from spin_ray.address import check_ray_address
 from spin_ray.config import Config, flatten, load_config
@@ -30,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune.add_argument("config", help="YAML file, as for run")
     tune.add_argument("search", help="YAML file of what to try, for example conf/search/lr_beta.yaml")
     tune.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every trial, such as spin.num_iterations=2")
+    study = commands.add_parser("study", help=STUDY, description=STUDY)
+    study.add_argument("words", nargs="*", metavar="PART|key=value", help="which parts, all if none is named; settings of every run")
+    study.add_argument("--seeds", type=int, default=3, help="runs of an arm that differ by their seed (default 3)")
+    study.add_argument("--concurrent", type=int, default=1, help="arms at a time (default 1)")
+    study.add_argument("--out", default="docs/study", help="folder of the lines and pictures; the tables go to a .md file beside it")
     bench = commands.add_parser("bench", help="Measure; the last line is one JSON object.", description="\n".join(_bench_lines()),
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     bench.add_argument("name", choices=BENCHES, metavar="name")
@@ -55,6 +61,11 @@ def _work(args: argparse.Namespace) -> int:
         from spin_ray.study.tune import tune
 
         tune(args.config, args.search, args.overrides)
+        return 0
+    if args.command == "study":
+        from spin_ray.study.study import Size, run_study
+
+        run_study(args.words, Path(args.out), Size(args.seeds, args.concurrent))
         return 0
     config, origin = load_config(args.config, [*args.overrides, *METHODS.get(args.command, ())])
     args.function(config, origin)
@@ -100,6 +111,7 @@ COMMANDS: dict[str, tuple[Callable[[Config, dict[str, str]], None], str]] = {
 }
 
 TUNE = "Search over keys of the config, such as learning rate and beta: every trial is a run of its own; the same command goes on."
+STUDY = "What the paper claims, tried: arms side by side, several seeds, rates searched for each; the same command goes on. Hours."
 METHODS = {"sft": ("method=sft",)}
 """What a command adds to the command line."""
 

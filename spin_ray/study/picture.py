@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,7 @@ from spin_ray.study.search import Range, Search
 def draw_search(results: Sequence[dict[str, Any]], search: Search, metric: str, path: Path) -> None:
     """The metric over the first two ranges of a search, collapsed and pruned trials marked."""
     axes = [key for key, values in search.space.items() if isinstance(values, Range)][:2] or list(search.space)[:1]
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     figure, plot = plt.subplots(figsize=(7, 5), layout="constrained")
     marks = {"finished": "o", "pruned": "s", "collapsed": "X"}
     known = [result["value"] for result in results if result["value"] is not None]
@@ -43,3 +40,60 @@ def draw_search(results: Sequence[dict[str, Any]], search: Search, metric: str, 
         plot.legend(title="trial")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Curve:
+    label: str
+    xs: list[float]
+    ys: list[float]
+    errors: list[float]
+
+
+def draw_curves(curves: Sequence[Curve], title: str, metric: str, path: Path) -> None:
+    """A metric over optimizer steps, with standard errors."""
+    plt = _pyplot()
+    figure, plot = plt.subplots(figsize=(8, 5), layout="constrained")
+    for curve, style in zip(curves, _STYLES * (1 + len(curves) // len(_STYLES)), strict=False):
+        marker, line = style
+        plot.errorbar(curve.xs, curve.ys, yerr=curve.errors, label=curve.label, marker=marker, linestyle=line, capsize=3, markersize=5)
+    plot.set_title(title)
+    plot.set_xlabel("optimizer steps")
+    plot.set_ylabel(metric)
+    plot.grid(alpha=0.3)
+    if curves:
+        plot.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+_STYLES = [(marker, line) for line in ("-", "--") for marker in "osD^v"]
+
+
+def draw_grid(
+    values: Sequence[Sequence[float]], collapsed: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], title: str,
+    path: Path,
+) -> None:
+    """Right answers won (or lost) in every cell, and how many runs have collapsed; a cell without runs stays white."""
+    plt = _pyplot()
+    figure, plot = plt.subplots(figsize=(2.6 + 1.5 * len(columns), 1.6 + 0.42 * len(rows)), layout="constrained")
+    image = plot.imshow(values, cmap="RdYlGn", vmin=-0.2, vmax=0.2, aspect="auto")
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            died = f"\n{collapsed[row][column]} collapsed" if collapsed[row][column] else ""
+            plot.text(column, row, "" if value != value else f"{value:+.2f}{died}", ha="center", va="center", fontsize=8)
+    plot.set_xticks(range(len(columns)), columns, fontsize=8)
+    plot.set_yticks(range(len(rows)), rows, fontsize=8)
+    plot.set_title(title, fontsize=10)
+    figure.colorbar(image, label="change of the share of right answers")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

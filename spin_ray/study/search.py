@@ -72,6 +72,11 @@ def read_search(path: str, config: str, overrides: Sequence[str]) -> Search:
     return search
 
 
+def score(metrics: dict[str, float]) -> float:
+    """Of a version, more is better: the share of right answers at temperature 1, or what there is where none can be checked."""
+    return metrics.get("exact_match_t1_share", -metrics["real_nll_nats_per_token"])
+
+
 def assignment(key: str, value: Any) -> str:
     """As on the command line."""
     return f"{key}={value}"

@@ -13,6 +13,8 @@ from spin_ray.config import load_config
 from spin_ray.manifest import RunDir
 
 POLL_S = 1.0
+COLLAPSED_SHARE, COLLAPSED_NATS = 0.5, 1.0
+"""A run has collapsed whose last version has less than this share of the first one's right answers, or so many more nats per token."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,14 @@ def play(
                     heard(version, metrics, run)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("spin-ray: ")]
     return Outcome(process.returncode, lines[-1].removeprefix("spin-ray: ") if lines else "", run.evaluations(), time.monotonic() - begun)
+
+
+def collapsed(run: RunDir) -> bool:
+    """Whether the run's numbers went bad, or its last version is far worse than its first."""
+    evaluations = run.evaluations()
+    if run.marks("diverged") or not evaluations:
+        return bool(run.marks("diverged"))
+    first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
+    rise = last["real_nll_nats_per_token"] - first["real_nll_nats_per_token"]
+    lost = last.get("exact_match_t1_share", 1.0) < COLLAPSED_SHARE * first.get("exact_match_t1_share", 0.0)
+    return rise > COLLAPSED_NATS or lost

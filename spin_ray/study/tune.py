@@ -35,10 +35,7 @@ from spin_ray.manifest import RunDir
 from spin_ray.storage import DISK
 from spin_ray.study.picture import draw_search
 from spin_ray.study.search import LOWER_IS_BETTER, Range, Search, assignment, read_search
-from spin_ray.study.trials import Outcome, play
-
-COLLAPSED_SHARE, COLLAPSED_NATS = 0.5, 1.0
-"""A run has collapsed whose last version has less than this share of the first one's right answers, or so many more nats per token."""
+from spin_ray.study.trials import Outcome, collapsed, play
 
 
 @dataclass(frozen=True)
@@ -128,8 +125,7 @@ class _Search:
         pruned, diverged = run.stop_file.exists(), bool(run.marks("diverged"))
         if outcome.code and not diverged:
             raise RunStopped(f"trial_{trial.number:03d}: {outcome.line}; see {self._folder}/logs; the same command goes on")
-        collapsed = diverged or _collapsed(outcome.evaluations)
-        state = "collapsed" if collapsed else "pruned" if pruned else "finished"
+        state = "collapsed" if collapsed(run) else "pruned" if pruned else "finished"
         trial.set_user_attr("state", state)
         trial.set_user_attr("minutes", outcome.seconds / 60)
         scores = {version: self._better(metrics[self._metric(metrics)]) for version, metrics in outcome.evaluations.items()}
@@ -197,16 +193,6 @@ def _distribution(values: Range | list[Any]) -> BaseDistribution:
 
 def _assignments(params: dict[str, Any]) -> list[str]:
     return [assignment(key, value) for key, value in params.items()]
-
-
-def _collapsed(evaluations: dict[int, dict[str, float]]) -> bool:
-    """Whether the last version is far worse than the first."""
-    if not evaluations:
-        return False
-    first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
-    rise = last["real_nll_nats_per_token"] - first["real_nll_nats_per_token"]
-    lost = last.get("exact_match_t1_share", 1.0) < COLLAPSED_SHARE * first.get("exact_match_t1_share", 0.0)
-    return rise > COLLAPSED_NATS or lost
 
 
 def _table(results: Sequence[Result], metric: str) -> str:

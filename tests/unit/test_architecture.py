@@ -39,7 +39,7 @@ LAYERS = [
     ("exchange/weights.py", "exchange/audit.py"), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
     ("ending.py",), ("preflight.py",), ("prepared.py",),
     ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
-    ("selfplay.py",), ("study/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/tasks.py"),
+    ("selfplay.py",), ("demo/tasks.py",), ("study/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),
 ]
 
 

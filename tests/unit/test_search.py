@@ -6,9 +6,11 @@ import pytest
 
 from spin_ray.config import load_config, with_overrides
 from spin_ray.errors import BadInput
+from spin_ray.manifest import RunDir
 from spin_ray.study.picture import draw_search
 from spin_ray.study.search import Range, Search, read_search
-from spin_ray.study.tune import Result, _collapsed, _distribution, _table
+from spin_ray.study.trials import collapsed
+from spin_ray.study.tune import Result, _distribution, _table
 
 CONF = "conf/demo.yaml"
 
@@ -81,11 +83,16 @@ def test_the_picture_is_drawn_whatever_was_searched(tmp_path, space):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
-def test_collapsed_is_far_below_the_start():
-    def after(nll, match=None):
-        more = {} if match is None else {"exact_match_t1_share": match}
-        start = {"real_nll_nats_per_token": 0.2, **({"exact_match_t1_share": 0.4} if match is not None else {})}
-        return _collapsed({0: start, 1: {"real_nll_nats_per_token": nll, **more}})
+def test_collapsed_is_far_below_the_start(tmp_path):
+    def after(name, nll, match=None, diverged=False):
+        run, more = RunDir(tmp_path / name), [{} if share is None else {"exact_match_t1_share": share} for share in (match and 0.4, match)]
+        run.path.mkdir()
+        run.mark("evaluation", version=0, metrics={"real_nll_nats_per_token": 0.2, **more[0]})
+        run.mark("evaluation", version=1, metrics={"real_nll_nats_per_token": nll, **more[1]})
+        if diverged:
+            run.mark("diverged", reason="a loss that is no number")
+        return collapsed(run)
 
-    assert not after(0.3) and after(1.3) and not after(0.3, 0.3) and after(0.3, 0.1) and not _collapsed({})
+    assert not after("a", 0.3) and after("b", 1.3) and not after("c", 0.3, 0.3) and after("d", 0.3, 0.1) and after("e", 0.2, diverged=True)
+    assert not collapsed(RunDir(tmp_path / "none"))
     assert json.dumps(vars(RESULTS[0]))

@@ -1,0 +1,104 @@
+"""What a study has found so far: a JSON line per finished run, in one file that only grows.
+
+An interrupted study goes on from it, on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spin_ray.errors import BadInput
+
+SEARCH, FINAL = "search", "final"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of an arm."""
+
+    arm: str
+    stage: str
+    """search: it chooses the arm's rate, on prompts of its own; final: it counts."""
+    settings: tuple[str, ...]
+    """All that the run has beside the study's config and its seed."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """How a run ended."""
+
+    arm: str
+    stage: str
+    settings: tuple[str, ...]
+    seed: int
+    state: str
+    """finished or collapsed."""
+    minutes: float
+    versions: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Version -> held-out metrics."""
+    trainings: tuple[dict[str, float], ...] = ()
+    """What each training took: num_steps, num_pairs, num_tokens, wall_s."""
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(self.arm, self.stage, self.settings, self.seed)
+
+    def steps(self, version: int) -> int:
+        """Optimizer steps behind a version."""
+        return int(sum(training["num_steps"] for training in self.trainings[:version]))
+
+
+class Lines:
+    """The file. `add` may be called from several threads; two studies must not write into one file."""
+
+    def __init__(self, path: Path):
+        self._path, self._adding = path, threading.Lock()
+        self._lines = list(_read(path))
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self._lines)
+
+    def of(self, trial: Trial) -> Line | None:
+        return next((line for line in self._lines if line.trial == trial), None)
+
+    def of_arm(self, arm: str, stage: str = FINAL) -> list[Line]:
+        return [line for line in self._lines if (line.arm, line.stage) == (arm, stage)]
+
+    def add(self, line: Line) -> None:
+        """Append a line, whole and on disk when this returns."""
+        with self._adding, self._path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a line that a crash cut short
+            file.write(json.dumps(_rounded(asdict(line))).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self._lines.append(line)
+
+
+def _read(path: Path) -> Iterable[Line]:
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        if text.endswith(b"\n"):
+            try:
+                found = json.loads(text)
+                versions = {int(version): metrics for version, metrics in found["versions"].items()}
+                yield Line(**{
+                    **found, "versions": versions, "settings": tuple(found["settings"]), "trainings": tuple(found["trainings"]),
+                })
+            except (ValueError, TypeError, KeyError) as error:
+                raise BadInput(f"{path}:{number}: no line of a study ({error}); delete it and its run is made again") from error
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits: what lies behind is noise, and the file stays readable."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,168 @@
+"""What a part of the study shows: its table and its picture, from the lines alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spin_ray.heldout import standard_error
+from spin_ray.study.arms import Arm, Part
+from spin_ray.study.lines import Line, Lines
+from spin_ray.study.picture import Curve, draw_curves, draw_grid
+from spin_ray.study.search import score
+
+COLUMNS = (
+    ("exact_match_t1_share", "right answers", 3), ("exact_match_greedy_share", "greedy", 3), ("human_similarity", "like human ones", 3),
+    ("real_nll_nats_per_token", "NLL of y", 3), ("generated_tokens", "tokens", 1), ("advantage_accuracy", "y told from y'", 3),
+    ("kl_from_start_nats_per_token", "KL from theta_0", 3),
+)
+"""Metric, head of its column, digits."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """Mean over seeds, with its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Value:
+        return cls(float(np.mean(values)), standard_error(np.array(values)))
+
+    def shown(self, digits: int) -> str:
+        return f"{self.mean:.{digits}f}" + (f" ± {self.error:.{digits}f}" if np.isfinite(self.error) else "")
+
+
+def report(part: Part, arms: Mapping[str, Arm], lines: Lines, out: Path) -> str:
+    """Draw the part's picture into `out`, put its table into the document beside it, and return it."""
+    table = (_grid_table if part.kind == "grid" else _curve_table)(part, arms, lines)
+    (_draw_grid if part.kind == "grid" else _draw_curves)(part, arms, lines, out / f"{part.name}.png")
+    _put(out.with_suffix(".md"), part, f"{table}\n![{part.question}]({out.name}/{part.name}.png)\n")
+    return table
+
+
+def _put(document: Path, part: Part, text: str) -> None:
+    """Between the part's marks; a document without them gets a section for it."""
+    begin, end = f"<!-- {part.name} -->\n", f"<!-- end of {part.name} -->\n"
+    before = document.read_text() if document.exists() else "# The study\n"
+    if begin not in before or end not in before:
+        before += f"\n## {part.question}\n{begin}{end}"
+    document.write_text(before[: before.index(begin)] + begin + text + before[before.index(end) :])
+
+
+def _curve_table(part: Part, arms: Mapping[str, Arm], lines: Lines) -> str:
+    found = {name: _lines_of(arms[name], lines) for name in part.arms}
+    every = [line for those in found.values() for line in those]
+    shown = [column for column in COLUMNS if any(column[0] in metrics for line in every for metrics in line.versions.values())]
+    rows = [["", "lr", "steps", *(head for _, head, _ in shown), "training, min", "seeds"]]
+    rows.append(["theta_0", "", "0", *_cells([line.versions[0] for line in every if 0 in line.versions], shown), "", ""])
+    for name, those in found.items():
+        for version in range(1, 1 + max((max(line.versions, default=0) for line in those), default=0)):
+            reached = [line for line in those if version in line.versions]
+            minutes = Value.of([sum(training["wall_s"] for training in line.trainings[:version]) / 60 for line in reached])
+            says = arms[name].says + (f", theta_{version}" if len(those[0].versions) > 2 else "")
+            rows.append([
+                says, _rate(arms[name], those[0]), str(those[0].steps(version)),
+                *_cells([line.versions[version] for line in reached], shown), f"{minutes.mean:.1f}", _seeds(reached),
+            ])
+    return _markdown(rows)
+
+
+def _cells(versions: Sequence[Mapping[str, float]], shown: Iterable[tuple[str, str, int]]) -> list[str]:
+    cells = []
+    for name, _, digits in shown:
+        values = [metrics[name] for metrics in versions if name in metrics]
+        cells.append(Value.of(values).shown(digits) if values else "")
+    return cells
+
+
+def _grid_table(part: Part, arms: Mapping[str, Arm], lines: Lines) -> str:
+    points = arms[part.arms[0]].points
+    every = [line for name in part.arms for line in _lines_of(arms[name], lines)]
+    start = Value.of([line.versions[0]["exact_match_t1_share"] for line in every if 0 in line.versions]) if every else None
+    rows = [["right answers" + (f" (theta_0: {start.shown(3)})" if start else ""), *(_in_words(point) for point in points)]]
+    for name in part.arms:
+        rows.append([arms[name].says, *(_cell(_lines_of(arms[name], lines, point)) for point in points)])
+    return _markdown(rows)
+
+
+def _cell(those: Sequence[Line]) -> str:
+    """The last version's share, the change of NLL, and how many of the runs have collapsed."""
+    if not those:
+        return ""
+    collapsed = sum(line.state == "collapsed" for line in those)
+    told = [line for line in those if len(line.versions) > 1]
+    if not told:
+        return f"collapsed {collapsed}/{len(those)}"
+    right = Value.of([score(line.versions[max(line.versions)]) for line in told])
+    nll = np.mean([_nll(line, max(line.versions)) - _nll(line, 0) for line in told])
+    return f"{right.shown(3)}; NLL {nll:+.2f}" + (f"; **collapsed {collapsed}/{len(those)}**" if collapsed else "")
+
+
+def _nll(line: Line, version: int) -> float:
+    return line.versions[version]["real_nll_nats_per_token"]
+
+
+def _draw_curves(part: Part, arms: Mapping[str, Arm], lines: Lines, path: Path) -> None:
+    """The metric that counts over optimizer steps, an arm a curve."""
+    curves, metric = [], ""
+    for name in part.arms:
+        those = _lines_of(arms[name], lines)
+        if not those:
+            continue
+        metric = next(key for key, _, _ in COLUMNS if key in those[0].versions[max(those[0].versions)])
+        versions = range(max(max(line.versions) for line in those) + 1)
+        reached = {version: [line.versions[version][metric] for line in those if version in line.versions] for version in versions}
+        values = {those[0].steps(version): Value.of(found) for version, found in reached.items() if found}
+        ys, errors = [value.mean for value in values.values()], [value.error for value in values.values()]
+        curves.append(Curve(_plain(arms[name]), list(values), ys, errors))
+    head = next((head for key, head, _ in COLUMNS if key == metric), "")
+    draw_curves(curves, part.question, head, path)
+
+
+def _draw_grid(part: Part, arms: Mapping[str, Arm], lines: Lines, path: Path) -> None:
+    points = arms[part.arms[0]].points
+    cells = [[_lines_of(arms[name], lines, point) for point in points] for name in part.arms]
+    values = [[_mean_gain(those) for those in row] for row in cells]
+    collapsed = [[sum(line.state == "collapsed" for line in those) for those in row] for row in cells]
+    draw_grid(values, collapsed, [_plain(arms[name]) for name in part.arms], [_in_words(p) for p in points], part.question, path)
+
+
+def _mean_gain(those: Sequence[Line]) -> float:
+    """Right answers won since theta_0; not a number where there are none to compare."""
+    gains = [score(line.versions[max(line.versions)]) - score(line.versions[0]) for line in those if len(line.versions) > 1]
+    return float(np.mean(gains)) if gains else float("nan")
+
+
+def _lines_of(arm: Arm, lines: Lines, point: tuple[str, ...] | None = None) -> list[Line]:
+    """The arm's lines that count, at one of its points or at any; not those of an arm of this name that was another one once."""
+    those = [line for line in lines.of_arm(arm.name) if line.settings[: len(arm.settings)] == arm.settings]
+    return [line for line in those if point is None or set(point) <= set(line.settings)]
+
+
+def _plain(arm: Arm) -> str:
+    return arm.says.replace("`", "")
+
+
+def _rate(arm: Arm, line: Line) -> str:
+    return next((setting.split("=")[1] for setting in line.settings if arm.rate and setting.startswith(f"{arm.rate}=")), "")
+
+
+def _seeds(those: Sequence[Line]) -> str:
+    collapsed = sum(line.state == "collapsed" for line in those)
+    return f"{len(those)}" + (f", {collapsed} collapsed" if collapsed else "")
+
+
+def _in_words(point: Sequence[str]) -> str:
+    pairs = (setting.split("=", 1) for setting in point)
+    return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in pairs)
+
+
+def _markdown(rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"

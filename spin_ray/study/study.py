@@ -1,0 +1,172 @@
+"""`spin-ray study`: what the paper and its readers claim, tried. Arms side by side on the embedded model, and on a real one.
+
+| what | where |
+|---|---|
+| a line for every finished run: the truth | docs/study/runs.jsonl |
+| a part's table, between its two marks, and picture, drawn from the lines | docs/study.md, docs/study/PART.png |
+| runs that are not finished, logs, data | runs/study/ |
+
+An arm's learning rate is searched first, with one seed, on prompts that no table is made of; then it runs with every seed. What has a line
+is not run again; a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from spin_ray.config import Config, load_config
+from spin_ray.errors import BadInput, RunStopped
+from spin_ray.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from spin_ray.interrupt import Interrupted
+from spin_ray.lock import held
+from spin_ray.manifest import RunDir
+from spin_ray.storage import DISK
+from spin_ray.study.arms import ARMS, PARTS, RATES, Arm, Part
+from spin_ray.study.lines import FINAL, SEARCH, Line, Lines, Trial
+from spin_ray.study.made import make_data
+from spin_ray.study.report import report
+from spin_ray.study.search import score
+from spin_ray.study.trials import Outcome, collapsed, play
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the study is run."""
+
+    seeds: int = 3
+    concurrent: int = 1
+    """Arms at a time."""
+    rates: tuple[float, ...] = RATES
+
+
+def run_study(words: Sequence[str], out: Path, size: Size) -> None:
+    """Run parts and tell what they show. `words`: names of parts, none for all, and key=value settings of every run."""
+    names = [word for word in words if "=" not in word] or list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        raise BadInput(f"{unknown[0]}: no part of the study; its parts are {', '.join(PARTS)}")
+    settings = tuple(word for word in words if "=" in word)
+    parts = [PARTS[name] for name in names]
+    config, _ = load_config(ARMS["spin"].config, settings)
+    folder = config.run.path.with_name("study")
+    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with held(DISK, folder / "lock"):
+        study = Study(Lines(out / "runs.jsonl"), folder, settings, size)
+        for part in parts:
+            study.run(part)
+            print(report(part, ARMS, study.lines, out), flush=True)
+
+
+@dataclass
+class Study:
+    lines: Lines
+    folder: Path
+    """Of its runs."""
+    settings: tuple[str, ...]
+    """Of the command line, for every run."""
+    size: Size
+    arms: dict[str, Arm] = field(default_factory=lambda: ARMS)
+    play: Callable[..., Outcome] = play
+    """Carries out a run."""
+    _searches: dict[str, Lock] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._files = make_data(self.folder / "data")
+        self._searches = {name: Lock() for name in self.arms}
+
+    def run(self, part: Part) -> None:
+        """All runs of the part's arms that have no line yet."""
+        with ThreadPoolExecutor(self.size.concurrent) as pool:
+            for _ in pool.map(self._arm, [self.arms[name] for name in part.arms]):
+                pass
+
+    def _arm(self, arm: Arm) -> None:
+        rate = self._rate(arm)
+        for point in arm.points:
+            for seed in range(self.size.seeds):
+                self._trial(arm, FINAL, (*arm.settings, *self.settings, *point, *rate), seed)
+
+    def _rate(self, arm: Arm) -> tuple[str, ...]:
+        """The setting that the search found; none for an arm whose rates are given."""
+        if not arm.rate:
+            return ()
+        searcher = self.arms[arm.rate_of or arm.name]
+        with self._searches[searcher.name]:  # who comes second finds its lines
+            best = self._search(searcher)
+        return (f"{arm.rate}={best:g}",)
+
+    def _search(self, arm: Arm) -> float:
+        """The rate whose last version is the best; a search does not end at an end of what it has tried, but at one of `rates`."""
+        rates = self.size.rates
+        middle = len(rates) // 2
+        low, high = max(0, middle - 1), min(len(rates) - 1, middle + 1)
+        scores: dict[int, float] = {}
+        while True:
+            for place in range(low, high + 1):
+                if place not in scores:
+                    settings = (*arm.settings, *arm.searched_with, *self.settings, f"{arm.rate}={rates[place]:g}")
+                    line = self._trial(arm, SEARCH, settings, seed=0)
+                    scores[place] = float("-inf") if line.state == "collapsed" else score(line.versions[max(line.versions)])
+            best = max(scores, key=lambda place: (scores[place], -place))
+            if best == low > 0:
+                low -= 1
+            elif best == high < len(rates) - 1:
+                high += 1
+            else:
+                return rates[best]
+
+    def _trial(self, arm: Arm, stage: str, settings: tuple[str, ...], seed: int) -> Line:
+        trial = Trial(arm.name, stage, settings, seed)
+        if line := self.lines.of(trial):
+            return line
+        name = _folder_name(trial, settings[len(arm.settings) :])
+        more = [f"run.dir={self.folder / 'runs'}", f"run.name={name}", f"run.seed={seed}", "tracking.wandb.group=study"]
+        if stage == SEARCH:
+            more.append(f"data.eval={self._files['search']}")
+        if arm.data:
+            more.append(f"data.train={self._files[arm.data]}")
+        overrides = [*settings, *more]
+        print(f"{arm.name} ({stage}): {' '.join(settings)} seed {seed}", flush=True)
+        log = self.folder / "logs" / f"{name}.log"
+        outcome = self.play(arm.config, overrides, log)
+        config, _ = load_config(arm.config, overrides)
+        line = self._line(arm, trial, outcome, config, log)
+        self.lines.add(line)
+        shutil.rmtree(config.run_path, ignore_errors=True)
+        return line
+
+    def _line(self, arm: Arm, trial: Trial, outcome: Outcome, config: Config, log: Path) -> Line:
+        run = RunDir(config.run_path)
+        if outcome.code == EXIT_INTERRUPTED:
+            raise Interrupted("interrupted; the same command goes on")
+        if outcome.code == EXIT_BAD_INPUT:
+            raise BadInput(f"{trial.arm}: {outcome.line}")
+        if outcome.code and not run.marks("diverged"):
+            raise RunStopped(f"{trial.arm}: {outcome.line}; see {log}; the same command goes on")
+        versions = outcome.evaluations
+        if arm.judged:
+            versions = _judged(run, versions)
+        took = ("num_steps", "num_pairs", "num_tokens", "wall_s")
+        trainings = tuple({key: mark["report"][key] for key in took} for mark in run.marks("iteration"))
+        state = "collapsed" if collapsed(run) else "finished"
+        return Line(trial.arm, trial.stage, trial.settings, trial.seed, state, outcome.seconds / 60, versions, trainings)
+
+
+def _folder_name(trial: Trial, own: Sequence[str]) -> str:
+    """Of a run; `own`: what it has beside its arm's settings."""
+    pairs = (setting.split("=", 1) for setting in own)
+    words = [trial.arm, trial.stage, *(f"{key.split('.')[-1]}_{value}" for key, value in pairs), f"seed_{trial.seed}"]
+    return re.sub(r"[^\w.-]+", "_", "-".join(words))
+
+
+def _judged(run: RunDir, versions: dict[int, dict[str, float]]) -> dict[int, dict[str, Any]]:
+    from spin_ray.study.judge import judged
+
+    return {version: {**metrics, **judged(run, version)} for version, metrics in versions.items()}
