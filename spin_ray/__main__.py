@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune.add_argument("config", help="YAML file, as for run")
     tune.add_argument("search", help="YAML file of what to try, for example conf/search/lr_beta.yaml")
     tune.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every trial, such as spin.num_iterations=2")
+    probe = commands.add_parser("probe", help=PROBE, description=PROBE)
+    probe.add_argument("config", help="YAML file, as for run")
+    probe.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for run")
     study = commands.add_parser("study", help=STUDY, description=STUDY)
     study.add_argument("words", nargs="*", metavar="PART|key=value", help="which parts, all if none is named; settings of every run")
     study.add_argument("--seeds", type=int, default=3, help="runs of an arm that differ by their seed (default 3)")
@@ -61,6 +64,11 @@ def _work(args: argparse.Namespace) -> int:
         from spin_ray.study.tune import tune
 
         tune(args.config, args.search, args.overrides)
+        return 0
+    if args.command == "probe":
+        from spin_ray.study.probe import probe
+
+        probe(args.config, args.overrides)
         return 0
     if args.command == "study":
         from spin_ray.study.study import Size, run_study
@@ -111,6 +119,7 @@ COMMANDS: dict[str, tuple[Callable[[Config, dict[str, str]], None], str]] = {
 }
 
 TUNE = "Search over keys of the config, such as learning rate and beta: every trial is a run of its own; the same command goes on."
+PROBE = "What a run would meet, before it is paid for: short tries over learning rate and beta, in words."
 STUDY = "What the paper claims, tried: arms side by side, several seeds, rates searched for each; the same command goes on. Hours."
 METHODS = {"sft": ("method=sft",)}
 """What a command adds to the command line."""

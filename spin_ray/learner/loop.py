@@ -26,7 +26,20 @@ from spin_ray.imports import without_gc
 from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
 from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, unwrapped
-from spin_ray.learner.messages import Count, Divergence, Proved, Publish, Save, Saving, Score, StepRecord, Stop, Train, TrainReport
+from spin_ray.learner.messages import (
+    Count,
+    Divergence,
+    Proved,
+    Publish,
+    Restore,
+    Save,
+    Saving,
+    Score,
+    StepRecord,
+    Stop,
+    Train,
+    TrainReport,
+)
 from spin_ray.placement import Hardware
 from spin_ray.places import drop_left_build_locks
 from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
@@ -175,6 +188,9 @@ class Worker:
             case Save():
                 with self._span("save"):
                     return self._save(command)
+            case Restore():
+                path = Path(command.checkpoint_path)
+                return self._player.load_checkpoint(self._args.storage.fetch(path), name=self._args.storage.name(path))
         raise TypeError(f"unknown command {command!r}")
 
     def wait_for_all_ranks(self) -> None:
@@ -188,6 +204,7 @@ class Worker:
         count = self._take_up(command)
         total_steps, peak = command.num_steps, command.lr * self._args.rollback_lr_factor**self._joined.rollbacks
         metrics: dict[str, Any] = {}
+        diverged = ""
         snapshot = command.snapshot
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
             if step == total_steps:
@@ -205,6 +222,9 @@ class Worker:
             try:
                 check_numbers(metrics, command.iteration, step, lr, self._args.log_dir)
             except Diverged as error:
+                if command.is_a_try:
+                    diverged = str(error)
+                    break
                 self._wait_for_rollback(Divergence(self._joined.group, command.iteration, step, error))
             count = count.after(metrics, len(batch))
             self._log(StepRecord(command.iteration, step, total_steps, {
@@ -221,7 +241,7 @@ class Worker:
         feed.close()
         return TrainReport(
             count.steps, count.pairs, count.tokens, time.perf_counter() - started, feed.waited_s, count.first_loss,
-            count.expected_first_loss, metrics.get("peak_memory_gib", 0.0),
+            count.expected_first_loss, metrics.get("peak_memory_gib", 0.0), diverged,
         )
 
     def _take_up(self, command: Train) -> Count:
@@ -336,7 +356,8 @@ class Worker:
     def _save(self, command: Save) -> None:
         from spin_ray.exchange.weights import BUCKET_BYTES
 
-        self._write_folder(Path(command.model_path), lambda folder: self._player.export(folder, BUCKET_BYTES))
+        if command.model_path:
+            self._write_folder(Path(command.model_path), lambda folder: self._player.export(folder, BUCKET_BYTES))
         if command.checkpoint_path:
             self._write_folder(Path(command.checkpoint_path), self._player.save_checkpoint)
 

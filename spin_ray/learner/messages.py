@@ -33,6 +33,8 @@ class Train:
     """Publish the weights under this version after so many steps, for the opponent to play ahead with."""
     progress_path: str | None = None
     """Where `checkpoint_every_steps` puts the main player in the middle of the iteration, and where it is taken up."""
+    is_a_try: bool = False
+    """Ends where a number goes bad, with what has been done by then: the weights are given up afterwards anyway."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class TrainReport:
     expected_first_loss: float | None
     """What that must be, because policy == opponent; None where there is no opponent."""
     peak_memory_gib: float
+    diverged: str = ""
+    """Of a try: the number that went bad."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +131,17 @@ class Publish:
 
 @dataclass(frozen=True)
 class Save:
-    """Write the HF folder and, if it has a path, the DeepSpeed checkpoint; the caller commits them."""
+    """Write the HF folder and the DeepSpeed checkpoint, each if it has a path; the caller commits them."""
 
-    model_path: str
+    model_path: str | None
     checkpoint_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Take up the weights of a DeepSpeed checkpoint again."""
+
+    checkpoint_path: str
 
 
 @dataclass(frozen=True)

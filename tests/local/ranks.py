@@ -87,18 +87,24 @@ def refuses_code(player: MainPlayer, checkpoint: Path) -> bool:
     return False
 
 
+def three_steps(player: MainPlayer) -> list[dict]:
+    objective, steps = PairObjective(0.1, nll_weight=0.1), []
+    for step, count in enumerate([9, 8, 1]):  # 9 and 1 do not divide by two ranks
+        pairs = batch(step, count)
+        steps.append(player.step(pairs, references(pairs), objective=objective, lr=1e-3))
+    return steps
+
+
 def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     setup = SETUPS[stage] if stage in SETUPS else {"zero_stage": int(stage)}
     config = LearnerConfig(optimizer=optimizer, pack_tokens=60, grad_clip=0.5, **setup)
     hardware = dataclasses.replace(HARDWARE, dtype="bfloat16" if stage == "bfloat16" else "float32")
     player = (NoRoom if stage == "no_room" else MainPlayer)(model, config, hardware, proof_pairs=batch(7, 3))
+    player.save_checkpoint(out / f"start_{stage}")
     player.begin_iteration()
-    objective, steps = PairObjective(0.1, nll_weight=0.1), []
     player.keep_copy("opponent")
     before = player.score(batch(9, 5))
-    for step, count in enumerate([9, 8, 1]):  # 9 and 1 do not divide by two ranks
-        pairs = batch(step, count)
-        steps.append(player.step(pairs, references(pairs), objective=objective, lr=1e-3))
+    steps = three_steps(player)
     scores = {"before": before, "frozen": player.score(batch(9, 5), copy="opponent"), "after": player.score(batch(9, 5))}
     player.keep_copy("base", model)  # theta_0, from its folder
     scores["base"] = player.score(batch(9, 5), copy="base")
@@ -108,12 +114,15 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     player.save_checkpoint(out / f"checkpoint_{stage}")
     player.load_checkpoint(out / f"checkpoint_{stage}")
     player.export(out / f"model_{stage}", bucket_bytes=20_000)
+    player.load_checkpoint(out / f"start_{stage}")
+    player.begin_iteration()
+    again = three_steps(player)
     complaints, refused = [], False
     if player.world_size == 1:
         complaints = damage(player, out / f"checkpoint_{stage}")
         refused = refuses_code(player, out / f"checkpoint_{stage}")
     if player.rank == 0:
-        torch.save({"steps": steps, "weights": weights, "logps": logps, "alone": alone, "scores": scores, "tied": player.tied_names, "proof": player.proof,
+        torch.save({"steps": steps, "again": again, "weights": weights, "logps": logps, "alone": alone, "scores": scores, "tied": player.tied_names, "proof": player.proof,
                     "complaints": complaints, "refuses_code": refused}, out / f"stage_{stage}.pt")
 
 

@@ -132,6 +132,12 @@ def test_every_setup_proves_itself_at_the_door(one_worker, stage):
     assert bool(proof.parameter) == (stage != "no_room")  # a sharded model has no gradients there
 
 
+@pytest.mark.parametrize("setup", [*STAGES, *SETUPS])
+def test_a_player_that_takes_up_its_first_weights_again_trains_as_it_did(one_worker, setup):
+    for first, again in zip(one_worker[setup]["steps"], one_worker[setup]["again"], strict=True):
+        assert deterministic(again) == pytest.approx(deterministic(first), rel=1e-6, abs=1e-7)
+
+
 def test_zero_stages_agree(one_worker):
     close(one_worker[0], one_worker[2])
     close(one_worker[0], one_worker[1])

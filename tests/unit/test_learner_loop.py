@@ -320,16 +320,16 @@ def trained(monkeypatch, make_pairs, tmp_path):
     monkeypatch.setattr("spin_ray.learner.batches.ray.get", lambda value: value)
     monkeypatch.setattr("spin_ray.learner.coordinator.ray.get", lambda value: value)
 
-    def train(rollbacks, progress):
+    def train(rollbacks, progress, **more):
         tables = [to_table(make_pairs(4, seed=block), PAIR_SCHEMA) for block in range(5)]
         (tmp_path / "progress").mkdir(exist_ok=True)
         (tmp_path / "progress/count.json").write_text(json.dumps(dataclasses.asdict(progress)))
         mailbox, player = Mailbox(tables), RecordingPlayer()
         config = LearnerConfig(batch_pairs=4, warmup_fraction=0.5)
         args = SimpleNamespace(coordinator=mailbox, config=config, seed=0, log_dir="logs", storage=DISK, rollback_lr_factor=0.5)
-        command = dataclasses.replace(command_of_five, progress_path=str(tmp_path / "progress"))
+        command = dataclasses.replace(command_of_five, progress_path=str(tmp_path / "progress"), **more)
         try:
-            Worker(player, args, Joined(BASE, 7, rollbacks)).carry_out(command)
+            player.report = Worker(player, args, Joined(BASE, 7, rollbacks)).carry_out(command)
         except RolledBack:
             player.calls.append("rolled back")
         return player, [record for record in mailbox.records if not isinstance(record, Span)]
@@ -348,6 +348,13 @@ def test_a_divergence_ends_the_group_and_the_next_one_trains_with_a_lower_lr_fro
     assert [record.step for record in records] == [0, 1, 2, 3, 4]
     player, _ = trained(2, Count(steps=3, rollbacks=2))
     assert player.calls == ["begin", "step_3"] and len(player.lrs) == 2
+
+
+def test_a_try_ends_where_its_numbers_go_bad_and_the_group_goes_on(trained):
+    player, records = trained(0, Count(steps=1), is_a_try=True)
+    assert player.calls == ["begin", "step_1"] and player.lrs == [2.0]
+    assert player.report.num_steps == 1 and player.report.diverged.startswith("iteration 1, step 1: loss is nan (lr 2")
+    assert not records
 
 
 def test_progress_of_an_iteration_that_is_not_the_base_s_belongs_to_a_theta_that_is_lost(trained, tmp_path, monkeypatch):
