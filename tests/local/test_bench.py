@@ -16,7 +16,7 @@ def test_scale_runs_the_real_loop_with_simulated_players():
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-m", "spin_ray", "bench", "scale", "--sizes", "3x2", "--seconds-per-hour", "0.3", "--prompts", "128"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=500,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -31,7 +31,7 @@ def test_slope_nothing_is_kept_from_iteration_to_iteration():
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-m", "spin_ray", "bench", "slope", "--iterations", "9", "--prompts", "64"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=500,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -44,7 +44,7 @@ def test_slope_nothing_is_kept_from_iteration_to_iteration():
 def test_rows_prepares_every_format():
     done = subprocess.run(
         [sys.executable, "-m", "spin_ray", "bench", "rows", "--rows", "700", "--formats", "csv"],
-        cwd=ROOT, capture_output=True, text=True, timeout=500,
+        cwd=ROOT, capture_output=True, text=True, timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])

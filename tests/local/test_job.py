@@ -42,7 +42,7 @@ def started_head(log: Path, timeout_s: float = 120) -> subprocess.Popen:
 
 def submit(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "SPIN_PYTHON": sys.executable}
-    return subprocess.run([ROOT / "cluster/submit.sh", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=420)
+    return subprocess.run([ROOT / "cluster/submit.sh", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
 
 
 def test_submit_follow_resume_and_exit_codes(cluster, tmp_path):

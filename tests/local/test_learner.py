@@ -46,7 +46,7 @@ def run_ranks(model: Path | str, out: Path, world_size: int, optimizer: str, set
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [rank.wait(timeout=300) for rank in ranks]  # a hung collective ends here
+        codes = [rank.wait(timeout=1800) for rank in ranks]  # a hung collective ends here
     finally:
         for rank in ranks:
             rank.kill()

@@ -55,7 +55,7 @@ def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
     """A run named x in `folder`; SPIN_RAY_TEST marks every process that it starts."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SPIN_RAY_TEST": str(folder), **env}
     arguments = ["run", str(ROOT / "conf/demo.yaml"), "run.name=x", f"run.dir={folder}/runs", *TINY]
-    return subprocess.run([sys.executable, *command, *arguments], env=env, capture_output=True, text=True, timeout=400)
+    return subprocess.run([sys.executable, *command, *arguments], env=env, capture_output=True, text=True, timeout=1800)
 
 
 def left_running(folder: Path, within_s: float = 10) -> list[str]:
