@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 
+import pytest
 from test_run import ROOT, SMALL, spin_ray
 
 from spin_ray.config import load_config
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_runs_nothing_twice(tmp_path):
     search = tmp_path / "search.yaml"
     search.write_text("trials: 3\nspace:\n  spin.lr: {low: 1.0e-5, high: 1.0e-3, log: true}\n  spin.beta: [0.1, 0.5]\nfixed: [{spin.lr: 5.0e-4, spin.beta: 0.1}]\n")
