@@ -191,6 +191,7 @@ def test_all_that_is_replaced_dies_and_the_run_ends_as_if_nothing_had_happened(u
     assert not list(run.rglob("progress")) and not list(run.rglob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_interrupted_run_saves_its_progress_leaves_nothing_behind_and_goes_on(undisturbed):
     run, shared_memory = undisturbed.parent / "interrupted", set(os.listdir("/dev/shm"))
     process = start(run.parent, run.name)

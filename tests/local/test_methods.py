@@ -74,7 +74,7 @@ def test_dpo_takes_the_steps_of_trl(preferences, tmp_path):
     assert apart < 0.01 * moved, (apart, moved)  # Adam makes a step of the rounding noise of gradients near 0
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_a_killed_run_goes_on_from_its_last_saved_step_to_the_same_weights(method, preferences, tmp_path):
     options = [
         f"method={method}", f"run.dir={tmp_path}", f"data.train={preferences}", "data.max_eval_prompts=8", "sft.lr=1e-4", "dpo.lr=1e-4",

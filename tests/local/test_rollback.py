@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
+import pytest
 from safetensors.torch import load_file
 from test_faults import ROOT, kill, records, steps, wait_for
 
@@ -27,6 +28,7 @@ def start(runs: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_rollback_heartbeat_and_a_restart_too_many(tmp_path):
     run, process = tmp_path / "bad", start(tmp_path)
     wait_for(lambda: list(run.glob("iter_000/pairs/*.parquet")), "the first block")
