@@ -85,7 +85,7 @@ def draw_grid(
     plot.set_xticks(range(len(columns)), columns, fontsize=8)
     plot.set_yticks(range(len(rows)), rows, fontsize=8)
     plot.set_title(title, fontsize=10)
-    figure.colorbar(image, label="change of the share of right answers")
+    figure.colorbar(image, label="change of the chance to be right at T=1")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -16,7 +16,7 @@ from spin_ray.study.picture import Curve, draw_curves, draw_grid
 from spin_ray.study.search import score
 
 COLUMNS = (
-    ("exact_match_t1_share", "right answers", 3), ("exact_match_greedy_share", "greedy", 3), ("human_similarity", "like human ones", 3),
+    ("right_probability", "right at T=1", 3), ("exact_match_greedy_share", "right, greedy", 3), ("human_similarity", "like human ones", 3),
     ("real_nll_nats_per_token", "NLL of y", 3), ("generated_tokens", "tokens", 1), ("advantage_accuracy", "y told from y'", 3),
     ("kl_from_start_nats_per_token", "KL from theta_0", 3),
 )
@@ -84,15 +84,15 @@ def _cells(versions: Sequence[Mapping[str, float]], shown: Iterable[tuple[str, s
 def _grid_table(part: Part, arms: Mapping[str, Arm], lines: Lines) -> str:
     points = arms[part.arms[0]].points
     every = [line for name in part.arms for line in _lines_of(arms[name], lines)]
-    start = Value.of([line.versions[0]["exact_match_t1_share"] for line in every if 0 in line.versions]) if every else None
-    rows = [["right answers" + (f" (theta_0: {start.shown(3)})" if start else ""), *(_in_words(point) for point in points)]]
+    start = Value.of([score(line.versions[0]) for line in every if 0 in line.versions]) if every else None
+    rows = [["right at T=1" + (f" (theta_0: {start.shown(3)})" if start else ""), *(_in_words(point) for point in points)]]
     for name in part.arms:
         rows.append([arms[name].says, *(_cell(_lines_of(arms[name], lines, point)) for point in points)])
     return _markdown(rows)
 
 
 def _cell(those: Sequence[Line]) -> str:
-    """The last version's share, the change of NLL, and how many of the runs have collapsed."""
+    """The last version's probability of the right answer, the change of NLL, and how many of the runs have collapsed."""
     if not those:
         return ""
     collapsed = sum(line.state == "collapsed" for line in those)
@@ -134,7 +134,7 @@ def _draw_grid(part: Part, arms: Mapping[str, Arm], lines: Lines, path: Path) ->
 
 
 def _mean_gain(those: Sequence[Line]) -> float:
-    """Right answers won since theta_0; not a number where there are none to compare."""
+    """Right answers won per prompt since theta_0; not a number where there are none to compare."""
     gains = [score(line.versions[max(line.versions)]) - score(line.versions[0]) for line in those if len(line.versions) > 1]
     return float(np.mean(gains)) if gains else float("nan")
 

@@ -73,8 +73,8 @@ def read_search(path: str, config: str, overrides: Sequence[str]) -> Search:
 
 
 def score(metrics: dict[str, float]) -> float:
-    """Of a version, more is better: the share of right answers at temperature 1, or what there is where none can be checked."""
-    return metrics.get("exact_match_t1_share", -metrics["real_nll_nats_per_token"])
+    """Of a version, more is better: the probability of the right answer, or what there is where none can be checked."""
+    return metrics.get("right_probability", -metrics["real_nll_nats_per_token"])
 
 
 def assignment(key: str, value: Any) -> str:

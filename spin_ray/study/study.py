@@ -19,14 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+
+import numpy as np
 
 from spin_ray.config import Config, load_config
 from spin_ray.errors import BadInput, RunStopped
+from spin_ray.exchange.pairs import read_pairs
 from spin_ray.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from spin_ray.interrupt import Interrupted
 from spin_ray.lock import held
 from spin_ray.manifest import RunDir
+from spin_ray.records import Pair, from_table
 from spin_ray.storage import DISK
 from spin_ray.study.arms import ARMS, PARTS, RATES, Arm, Part
 from spin_ray.study.lines import FINAL, SEARCH, Line, Lines, Trial
@@ -64,6 +67,20 @@ def run_study(words: Sequence[str], out: Path, size: Size) -> None:
             print(report(part, ARMS, study.lines, out), flush=True)
 
 
+def measure(arm: Arm, run: RunDir, version: int) -> dict[str, float]:
+    """What the study adds to a version's own numbers.
+
+    `right_probability`: of the real answer, the only right one, mean over held-out prompts. What exact match at temperature 1 estimates by
+    drawing one answer, without the noise of the draw. Where other answers are as good there is a judge instead.
+    """
+    if arm.judged:
+        from spin_ray.study.judge import judged  # not at the top: it loads transformers
+
+        return judged(run, version)
+    pairs = from_table(read_pairs(run.heldout_answers(version), run.storage), Pair)
+    return {"right_probability": float(np.mean([np.exp(pair.opponent_real_logps.sum(dtype=np.float64)) for pair in pairs]))}
+
+
 @dataclass
 class Study:
     lines: Lines
@@ -75,6 +92,7 @@ class Study:
     arms: dict[str, Arm] = field(default_factory=lambda: ARMS)
     play: Callable[..., Outcome] = play
     """Carries out a run."""
+    measure: Callable[[Arm, RunDir, int], dict[str, float]] = measure
     _searches: dict[str, Lock] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,7 +131,8 @@ class Study:
                 if place not in scores:
                     settings = (*arm.settings, *arm.searched_with, *self.settings, f"{arm.rate}={rates[place]:g}")
                     line = self._trial(arm, SEARCH, settings, seed=0)
-                    scores[place] = float("-inf") if line.state == "collapsed" else score(line.versions[max(line.versions)])
+                    value = float("nan") if line.state == "collapsed" else score(line.versions[max(line.versions)])
+                    scores[place] = value if np.isfinite(value) else float("-inf")
             best = max(scores, key=lambda place: (scores[place], -place))
             if best == low > 0:
                 low -= 1
@@ -150,9 +169,7 @@ class Study:
             raise BadInput(f"{trial.arm}: {outcome.line}")
         if outcome.code and not run.marks("diverged"):
             raise RunStopped(f"{trial.arm}: {outcome.line}; see {log}; the same command goes on")
-        versions = outcome.evaluations
-        if arm.judged:
-            versions = _judged(run, versions)
+        versions = {version: {**metrics, **self.measure(arm, run, version)} for version, metrics in outcome.evaluations.items()}
         took = ("num_steps", "num_pairs", "num_tokens", "wall_s")
         trainings = tuple({key: mark["report"][key] for key in took} for mark in run.marks("iteration"))
         state = "collapsed" if collapsed(run) else "finished"
@@ -164,9 +181,3 @@ def _folder_name(trial: Trial, own: Sequence[str]) -> str:
     pairs = (setting.split("=", 1) for setting in own)
     words = [trial.arm, trial.stage, *(f"{key.split('.')[-1]}_{value}" for key, value in pairs), f"seed_{trial.seed}"]
     return re.sub(r"[^\w.-]+", "_", "-".join(words))
-
-
-def _judged(run: RunDir, versions: dict[int, dict[str, float]]) -> dict[int, dict[str, Any]]:
-    from spin_ray.study.judge import judged
-
-    return {version: {**metrics, **judged(run, version)} for version, metrics in versions.items()}

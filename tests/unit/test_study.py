@@ -45,7 +45,11 @@ class Runs:
 
 
 def study(tmp_path, play, *settings, size=None):
-    return Study(Lines(tmp_path / "runs.jsonl"), tmp_path / "study", settings, size or Size(), MADE, play)
+    return Study(Lines(tmp_path / "runs.jsonl"), tmp_path / "study", settings, size or Size(), MADE, play, measure)
+
+
+def measure(arm, run, version):
+    return {"right_probability": run.evaluations()[version]["exact_match_t1_share"]}
 
 
 @pytest.mark.parametrize("best, tried", [(3e-4, 3), (1e-3, 4), (1e-5, 5), (1e-2, 5)])
@@ -103,11 +107,11 @@ def test_tables_and_pictures_come_from_the_lines(tmp_path):
     out.mkdir(parents=True)
     (tmp_path / "docs/study.md").write_text("# Mine\n<!-- b -->\nold\n<!-- end of b -->\nafter\n")
     runs = Runs(collapses=5e-3)
-    made = Study(lines, tmp_path / "study", (), Size(seeds=2), MADE, runs)
+    made = Study(lines, tmp_path / "study", (), Size(seeds=2), MADE, runs, measure)
     curve, grid = Part("a", "Which?", ("tuned", "taker")), Part("b", "Where?", ("grid",), kind="grid")
     made.run(curve), made.run(grid)
     table = report(curve, MADE, lines, out).splitlines()
-    assert table[0] == "|  | lr | steps | right answers | NLL of y | training, min | seeds |"
+    assert table[0] == "|  | lr | steps | right at T=1 | NLL of y | training, min | seeds |"
     assert table[2].startswith("| theta_0 |  | 0 | 0.400 ± 0.000 |")
     assert table[3:6] == [
         "| an arm, theta_1 | 0.0003 | 50 | 0.500 ± 0.001 | 0.500 ± 0.000 | 0.1 | 2 |",
@@ -115,7 +119,7 @@ def test_tables_and_pictures_come_from_the_lines(tmp_path):
         "| another | 0.0003 | 50 | 0.500 ± 0.001 | 0.500 ± 0.000 | 0.1 | 2 |",
     ]
     table = report(grid, MADE, lines, out).splitlines()
-    assert table[0] == "| right answers (theta_0: 0.400 ± 0.000) | lr 0.001 | lr 0.01 |"
+    assert table[0] == "| right at T=1 (theta_0: 0.400 ± 0.000) | lr 0.001 | lr 0.01 |"
     assert table[2] == "| a grid | 0.491 ± 0.001; NLL +0.00 | 0.000 ± 0.000; NLL +0.00; **collapsed 2/2** |"
     document = (tmp_path / "docs/study.md").read_text()
     assert document.startswith("# Mine\n<!-- b -->\n| right") and "old" not in document and "after\n\n## Which?\n<!-- a -->\n" in document
