@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -36,7 +35,7 @@ from spin_ray.study.lines import FINAL, SEARCH, Line, Lines, Trial
 from spin_ray.study.made import make_data
 from spin_ray.study.report import report
 from spin_ray.study.search import score
-from spin_ray.study.trials import Outcome, collapsed, play
+from spin_ray.study.trials import Outcome, collapsed, play, side_by_side
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,13 @@ def run_study(words: Sequence[str], out: Path, size: Size) -> None:
     if unknown := [name for name in names if name not in PARTS]:
         raise BadInput(f"{unknown[0]}: no part of the study; its parts are {', '.join(PARTS)}")
     settings = tuple(word for word in words if "=" in word)
+    for name, value in (("--seeds", size.seeds), ("--concurrent", size.concurrent)):
+        if value < 1:
+            raise BadInput(f"{name} {value}: must be at least 1")
     parts = [PARTS[name] for name in names]
     config, _ = load_config(ARMS["spin"].config, settings)
+    if config.on_object_store:
+        raise BadInput(f"run.dir={config.run.dir}: a study lies on a disk; its runs would be watched there")
     folder = config.run.path.with_name("study")
     folder.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,9 +105,7 @@ class Study:
 
     def run(self, part: Part) -> None:
         """All runs of the part's arms that have no line yet."""
-        with ThreadPoolExecutor(self.size.concurrent) as pool:
-            for _ in pool.map(self._arm, [self.arms[name] for name in part.arms]):
-                pass
+        side_by_side(self._arm, [self.arms[name] for name in part.arms], self.size.concurrent)
 
     def _arm(self, arm: Arm) -> None:
         rate = self._rate(arm)

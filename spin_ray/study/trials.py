@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 from spin_ray.config import load_config
 from spin_ray.manifest import RunDir
@@ -15,6 +20,9 @@ from spin_ray.manifest import RunDir
 POLL_S = 1.0
 COLLAPSED_SHARE, COLLAPSED_NATS = 0.5, 1.0
 """A run has collapsed whose last version has less than this share of the first one's right answers, or so many more nats per token."""
+
+_RUNNING: set[subprocess.Popen] = set()
+"""Runs of this process."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +43,15 @@ def play(
 ) -> Outcome:
     """Run the config, or go on with it; `heard` is told of every version's held-out metrics as soon as they are marked.
 
-    The run has our environment, so runs share the cluster in RAY_ADDRESS, if there is one. Its own output goes to `log`. A signal of the
-    terminal reaches it too: it saves its progress and ends.
+    The run has our environment, so runs share the cluster in RAY_ADDRESS, if there is one. Its own output goes to `log`. A signal to
+    us reaches it too (`side_by_side`): it saves its progress and ends.
     """
     run = RunDir(load_config(config, overrides)[0].run_path)
     log.parent.mkdir(parents=True, exist_ok=True)
     begun, told = time.monotonic(), set()
     with log.open("a") as output:
         process = subprocess.Popen([sys.executable, "-m", "spin_ray", "run", config, *overrides], stdout=output, stderr=subprocess.STDOUT)
+        _RUNNING.add(process)
         ended = False
         while not ended:
             try:
@@ -54,8 +63,47 @@ def play(
                 if version not in told:
                     told.add(version)
                     heard(version, metrics, run)
+    _RUNNING.discard(process)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("spin-ray: ")]
     return Outcome(process.returncode, lines[-1].removeprefix("spin-ray: ") if lines else "", run.evaluations(), time.monotonic() - begun)
+
+
+def side_by_side(work: Callable[[Any], object], items: Iterable[Any], concurrent: int) -> None:
+    """Do the work for every item, so many at a time. After the first failure, or a signal, nothing more begins; what runs is waited for."""
+    over = Event()
+
+    def one(item: Any) -> None:
+        if over.is_set():
+            return
+        try:
+            work(item)
+        except BaseException:
+            over.set()
+            raise
+
+    with _sigterm_passed_on(), ThreadPoolExecutor(concurrent) as pool:
+        try:
+            for _ in pool.map(one, items):
+                pass
+        except BaseException:
+            over.set()
+            raise
+
+
+@contextmanager
+def _sigterm_passed_on() -> Iterator[None]:
+    """A terminal's Ctrl-C goes to our runs as to us; a SIGTERM comes to us alone."""
+
+    def pass_on(*_: Any) -> None:
+        for process in list(_RUNNING):
+            process.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def collapsed(run: RunDir) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from spin_ray.manifest import RunDir
 from spin_ray.storage import DISK
 from spin_ray.study.picture import draw_search
 from spin_ray.study.search import LOWER_IS_BETTER, Range, Search, assignment, read_search
-from spin_ray.study.trials import Outcome, collapsed, play
+from spin_ray.study.trials import Outcome, collapsed, play, side_by_side
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,7 @@ class _Search:
 
     def go(self) -> None:
         running = [Trial(self._study, trial._trial_id) for trial in self._study.get_trials(states=[TrialState.RUNNING])]
-        with ThreadPoolExecutor(self._search.concurrent) as pool:
-            for _ in pool.map(self._trial, [*running, *self._new(len(running))]):
-                pass
+        side_by_side(self._trial, [*running, *self._new(len(running))], self._search.concurrent)
         results = self.results()
         table = _table(results, self._metric())
         print(table, end="")

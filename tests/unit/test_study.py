@@ -1,6 +1,10 @@
 """The study's bookkeeping with made-up runs: rates searched past the edges, nothing run twice, tables and pictures from the lines."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from spin_ray.study.lines import Line, Lines, Trial
 from spin_ray.study.made import make_data
 from spin_ray.study.report import report
 from spin_ray.study.study import Size, Study, run_study
-from spin_ray.study.trials import Outcome
+from spin_ray.study.trials import Outcome, side_by_side
 
 CURVE = Arm("tuned", "an arm", ("spin.num_iterations=2",))
 TAKER = Arm("taker", "another", ("spin.num_iterations=1",), rate_of="tuned")
@@ -102,6 +106,33 @@ def test_a_run_that_did_not_end_has_no_line(tmp_path, code, error):
     assert not list(Lines(tmp_path / "runs.jsonl"))
 
 
+@pytest.mark.parametrize("concurrent", [1, 2])
+def test_after_a_failure_nothing_more_is_begun(concurrent):
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        time.sleep(0.01)
+        raise RunStopped(f"{item} failed")
+
+    with pytest.raises(RunStopped, match="0 failed"):
+        side_by_side(work, range(50), concurrent)
+    assert len(begun) == concurrent
+
+
+def test_a_sigterm_reaches_the_runs_and_ends_the_study():
+    script = (
+        "import subprocess, sys, spin_ray.study.trials as t\n"
+        "def work(_):\n    p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n    t._RUNNING.add(p)\n    print('begun', flush=True)\n"
+        "    print('ended', p.wait(), flush=True)\n"
+        "try:\n    t.side_by_side(work, range(3), 1)\nexcept KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=120)[0] == "ended -15\ninterrupted\n" and process.returncode == 0
+
+
 def test_tables_and_pictures_come_from_the_lines(tmp_path):
     out, lines = tmp_path / "docs/study", Lines(tmp_path / "runs.jsonl")
     out.mkdir(parents=True)
@@ -166,6 +197,11 @@ def test_its_data_has_no_instruction_twice(tmp_path):
 def test_words_that_are_no_part_and_lines_that_are_none(tmp_path):
     with pytest.raises(BadInput, match="magic: no part of the study; its parts are sft, epochs"):
         run_study(["magic"], tmp_path, Size())
+    for size in (Size(seeds=0), Size(concurrent=0)):
+        with pytest.raises(BadInput, match=" 0: must be at least 1"):
+            run_study(["replay"], tmp_path, size)
+    with pytest.raises(BadInput, match="a study lies on a disk"):
+        run_study(["replay", "run.dir=s3://bucket/runs"], tmp_path, Size())
     (tmp_path / "runs.jsonl").write_text('{"arm": "spin"}\n')
     with pytest.raises(BadInput, match=r"runs\.jsonl:1: no line of a study"):
         Lines(tmp_path / "runs.jsonl")
