@@ -31,6 +31,8 @@ class Arm:
     config: str = "conf/study.yaml"
     data: str = ""
     """What data.train is, where that is a file that the study makes."""
+    curve: str = ""
+    """In the picture arms of the same curve are one line."""
     judged: bool = False
     """Whether a judge that nobody trained compares its answers with the human ones."""
 
@@ -48,8 +50,9 @@ class Part:
 SHORT = ("spin.num_iterations=3",)
 SFT = ("method=sft",)
 DPO = ("method=dpo", "dpo.beta=0.1")
+ONE = "one iteration, more epochs"
 
-GRID = tuple((f"spin.lr={rate:g}", f"spin.beta={beta:g}") for rate, beta in ((3e-4, 0.1), (1e-3, 0.1), (3e-3, 0.1), (1e-3, 1.0)))
+GRID = tuple((f"spin.lr={rate:g}", f"spin.beta={beta:g}") for rate, beta in ((1e-4, 0.1), (3e-4, 0.1), (1e-3, 0.1), (3e-4, 1.0)))
 CURES = {
     "plain": ("plain SPIN", ()),
     "nll": ("`nll_weight=1`", ("spin.nll_weight=1.0",)),
@@ -73,10 +76,11 @@ def _spin(name: str, says: str, *settings: str, **more: object) -> Arm:
 ARMS: dict[str, Arm] = {arm.name: arm for arm in (
     _spin("spin", "SPIN", "spin.num_iterations=6", searched_with=SHORT),
     _spin("spin_nll", "SPIN, `nll_weight=1`", "spin.num_iterations=6", "spin.nll_weight=1.0", searched_with=SHORT),
-    Arm("sft_5", "SFT, 5 epochs", (*SFT, "sft.num_epochs=5"), rate="sft.lr"),
-    *(Arm(f"sft_{n}", f"SFT, {n} epochs", (*SFT, f"sft.num_epochs={n}"), rate="sft.lr", rate_of="sft_5") for n in (1, 3, 7, 11)),
-    _spin("epochs_7", "one iteration, 7 epochs", "spin.num_iterations=1", "spin.num_epochs=7"),
-    *(_spin(f"epochs_{n}", f"one iteration, {n} epochs", "spin.num_iterations=1", f"spin.num_epochs={n}", rate_of="epochs_7")
+    Arm("sft_5", "SFT, 5 epochs", (*SFT, "sft.num_epochs=5"), rate="sft.lr", curve="SFT"),
+    *(Arm(f"sft_{n}", f"SFT, {n} epochs", (*SFT, f"sft.num_epochs={n}"), rate="sft.lr", rate_of="sft_5", curve="SFT")
+      for n in (1, 3, 7, 11)),
+    _spin("epochs_7", "one iteration, 7 epochs", "spin.num_iterations=1", "spin.num_epochs=7", curve=ONE),
+    *(_spin(f"epochs_{n}", f"one iteration, {n} epochs", "spin.num_iterations=1", f"spin.num_epochs={n}", rate_of="epochs_7", curve=ONE)
       for n in (3, 11)),
     Arm("dpo_1600", "DPO, 1,600 pairs, 7 epochs", (*DPO, "dpo.num_epochs=7"), rate="dpo.lr", data="preferences"),
     Arm("dpo_400", "DPO, 400 pairs, 27 epochs", (*DPO, "data.max_prompts=400", "dpo.num_epochs=27", "run.max_steps=350"), rate="dpo.lr",

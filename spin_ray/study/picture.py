@@ -11,24 +11,24 @@ from spin_ray.study.search import Range, Search
 
 
 def draw_search(results: Sequence[dict[str, Any]], search: Search, metric: str, path: Path) -> None:
-    """The metric over the first two ranges of a search, collapsed and pruned trials marked."""
+    """The metric over the first two ranges of a search; a collapsed trial is a cross, whatever number it may have."""
     axes = [key for key, values in search.space.items() if isinstance(values, Range)][:2] or list(search.space)[:1]
     plt = _pyplot()
     figure, plot = plt.subplots(figsize=(7, 5), layout="constrained")
-    marks = {"finished": "o", "pruned": "s", "collapsed": "X"}
-    known = [result["value"] for result in results if result["value"] is not None]
+    marks = {"finished": "o", "pruned": "s"}
+    known = [result["value"] for result in results if result["value"] is not None and result["state"] in marks]
     limits = (min(known), max(known)) if known else (0, 1)
     drawn = None
     for state, mark in marks.items():
         those = [result for result in results if result["state"] == state and result["value"] is not None]
-        xs = [result["params"][axes[0]] for result in those]
-        ys = [result["params"][axes[1]] if len(axes) > 1 else result["value"] for result in those]
-        colors = [result["value"] for result in those]
+        xs, ys = _places(those, axes, limits[0])
         if those:
             drawn = plot.scatter(
-                xs, ys, c=colors, marker=mark, s=110, vmin=limits[0], vmax=limits[1], cmap="viridis", label=state,
-                edgecolors="crimson" if state == "collapsed" else "black", linewidths=1.5 if state == "collapsed" else 0.6,
+                xs, ys, c=[result["value"] for result in those], marker=mark, s=110, vmin=limits[0], vmax=limits[1], cmap="viridis",
+                label=state, edgecolors="black", linewidths=0.6,
             )
+    if died := [result for result in results if result["state"] == "collapsed"]:
+        plot.scatter(*_places(died, axes, limits[0]), marker="X", s=110, color="crimson", label="collapsed")
     for key, scale in zip(axes, (plot.set_xscale, plot.set_yscale), strict=False):
         values = search.space[key]
         if isinstance(values, Range) and values.log:
@@ -37,9 +37,18 @@ def draw_search(results: Sequence[dict[str, Any]], search: Search, metric: str, 
     plot.set_ylabel(axes[1] if len(axes) > 1 else metric)
     if drawn is not None:
         figure.colorbar(drawn, label=metric)
+    if results:
         plot.legend(title="trial")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _places(results: Sequence[dict[str, Any]], axes: Sequence[str], unknown: float) -> tuple[list[Any], list[Any]]:
+    """Where trials stand; with one axis the other is their value, or `unknown`."""
+    xs = [result["params"][axes[0]] for result in results]
+    if len(axes) > 1:
+        return xs, [result["params"][axes[1]] for result in results]
+    return xs, [unknown if result["value"] is None else result["value"] for result in results]
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def draw_grid(
     plot.set_xticks(range(len(columns)), columns, fontsize=8)
     plot.set_yticks(range(len(rows)), rows, fontsize=8)
     plot.set_title(title, fontsize=10)
-    figure.colorbar(image, label="change of the chance to be right at T=1")
+    figure.colorbar(image, label="change of p(right)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

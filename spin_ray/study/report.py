@@ -109,20 +109,21 @@ def _nll(line: Line, version: int) -> float:
 
 
 def _draw_curves(part: Part, arms: Mapping[str, Arm], lines: Lines, path: Path) -> None:
-    """The metric that counts over optimizer steps, an arm a curve."""
-    curves, metric = [], ""
-    for name in part.arms:
-        those = _lines_of(arms[name], lines)
-        if not those:
-            continue
-        metric = next(key for key, _, _ in COLUMNS if key in those[0].versions[max(those[0].versions)])
-        versions = range(max(max(line.versions) for line in those) + 1)
-        reached = {version: [line.versions[version][metric] for line in those if version in line.versions] for version in versions}
-        values = {those[0].steps(version): Value.of(found) for version, found in reached.items() if found}
-        ys, errors = [value.mean for value in values.values()], [value.error for value in values.values()]
-        curves.append(Curve(_plain(arms[name]), list(values), ys, errors))
-    head = next((head for key, head, _ in COLUMNS if key == metric), "")
-    draw_curves(curves, part.question, head, path)
+    """The metric that counts over optimizer steps, an arm a curve, or several that differ by their steps."""
+    found = {name: _lines_of(arms[name], lines) for name in part.arms}
+    known = {key for those in found.values() for line in those for metrics in line.versions.values() for key in metrics}
+    metric, head, _ = next((column for column in COLUMNS if column[0] in known), COLUMNS[0])
+    reached: dict[str, dict[int, list[float]]] = {}
+    for name, those in found.items():
+        values = reached.setdefault(arms[name].curve or _plain(arms[name]), {})
+        for line in those:
+            for version, metrics in line.versions.items():
+                values.setdefault(line.steps(version), []).append(metrics[metric])
+    curves = []
+    for label, values in reached.items():
+        steps, means = sorted(values), {step: Value.of(those) for step, those in values.items()}
+        curves.append(Curve(label, steps, [means[step].mean for step in steps], [means[step].error for step in steps]))
+    draw_curves([curve for curve in curves if curve.xs], part.question, head, path)
 
 
 def _draw_grid(part: Part, arms: Mapping[str, Arm], lines: Lines, path: Path) -> None:
