@@ -31,6 +31,8 @@ class Arm:
     config: str = "conf/study.yaml"
     data: str = ""
     """What data.train is, where that is a file that the study makes."""
+    forecasts: str = ""
+    """It is no run but a probe, of what the runs of that arm will do."""
     curve: str = ""
     """In the picture arms of the same curve are one line."""
     judged: bool = False
@@ -44,7 +46,7 @@ class Part:
     arms: tuple[str, ...]
     """In the order of the table."""
     kind: str = "curve"
-    """curve: a version a row; grid: an arm a row, a point a column."""
+    """curve: a version a row; grid: an arm a row, a point a column; forecast: a probe beside the runs that it forecasts."""
 
 
 SHORT = ("spin.num_iterations=3",)
@@ -90,6 +92,8 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in (
     Arm("sft_6400", "SFT on the 6,400 chosen answers, 1.75 epochs",
         (*SFT, "data.max_prompts=6400", "sft.num_epochs=2", "run.max_steps=350"), rate="sft.lr", rate_of="sft_5", data="chosen"),
     *(_spin(f"cure_{name}", says, *settings, "spin.num_iterations=2", rate="", points=GRID) for name, (says, settings) in CURES.items()),
+    *(_spin(f"probe_{name}", f"probe of {CURES[name][0]}", *CURES[name][1], "spin.num_iterations=2", rate="", forecasts=f"cure_{name}")
+      for name in ("plain", "nll")),
     _spin("no_replay", "SPIN, no replay", "spin.replay=0", "spin.num_epochs=[1,2,2,2]", searched_with=(*SHORT, "spin.num_epochs=[1,2,2]")),
     _spin("lookahead", "SPIN, `overlap.mode=lookahead`", "overlap.mode=lookahead", rate_of="spin"),
     Arm("smollm2_spin", "SPIN", rate="", config="conf/smollm2.yaml", judged=True),
@@ -101,6 +105,7 @@ PARTS: dict[str, Part] = {part.name: part for part in (
     Part("epochs", "Iterations against more epochs of iteration 0; is it maintained?", ("spin", "epochs_3", "epochs_7", "epochs_11")),
     Part("dpo", "SPIN against DPO with extra preference pairs", ("spin", "spin_nll", "dpo_400", "dpo_1600", "dpo_6400", "sft_6400")),
     Part("cures", "Where plain SPIN collapses, and what each cure saves", tuple(f"cure_{name}" for name in CURES), kind="grid"),
+    Part("forecast", "Is the probe right?", ("probe_plain", "probe_nll"), kind="forecast"),
     Part("replay", "Replay on and off; does staleness cost quality?", ("spin", "no_replay", "lookahead")),
     Part("real", "A real model and human dialogues", ("smollm2_spin", "smollm2_sft")),
 )}

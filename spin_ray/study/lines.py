@@ -46,6 +46,9 @@ class Line:
     trainings: tuple[dict[str, float], ...] = ()
     """What each training took: num_steps, num_pairs, num_tokens, wall_s."""
 
+    tries: tuple[dict[str, Any], ...] = ()
+    """Of a probe."""
+
     @property
     def trial(self) -> Trial:
         return Trial(self.arm, self.stage, self.settings, self.seed)
@@ -88,9 +91,8 @@ def _read(path: Path) -> Iterable[Line]:
             try:
                 found = json.loads(text)
                 versions = {int(version): metrics for version, metrics in found["versions"].items()}
-                yield Line(**{
-                    **found, "versions": versions, "settings": tuple(found["settings"]), "trainings": tuple(found["trainings"]),
-                })
+                lists = {key: tuple(found.get(key, ())) for key in ("settings", "trainings", "tries")}
+                yield Line(**{**found, "versions": versions, **lists})
             except (ValueError, TypeError, KeyError) as error:
                 raise BadInput(f"{path}:{number}: no line of a study ({error}); delete it and its run is made again") from error
 

@@ -44,7 +44,7 @@ from spin_ray.terminal import Terminal
 NUM_TRAIN, NUM_HELDOUT = 512, 256
 NUM_EPOCHS = 2
 """Of a try, at most."""
-LR_FACTORS, BETA_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.3, 1.0, 3.0)
+LR_FACTORS, BETA_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 1.0, 10.0)
 SAFE_NLL_RISE, COLLAPSE_NLL_RISE = 0.05, 0.5
 """Held-out NLL of the real answers, in nats per token: up to here nothing is lost; from here the model is."""
 VISIBLE = 2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,12 @@ class Value:
 
 def report(part: Part, arms: Mapping[str, Arm], lines: Lines, out: Path) -> str:
     """Draw the part's picture into `out`, put its table into the document beside it, and return it."""
-    table = (_grid_table if part.kind == "grid" else _curve_table)(part, arms, lines)
-    (_draw_grid if part.kind == "grid" else _draw_curves)(part, arms, lines, out / f"{part.name}.png")
-    _put(out.with_suffix(".md"), part, f"{table}\n![{part.question}]({out.name}/{part.name}.png)\n")
+    table = {"curve": _curve_table, "grid": _grid_table, "forecast": _forecast_table}[part.kind](part, arms, lines)
+    text = table
+    if draw := {"curve": _draw_curves, "grid": _draw_grid}.get(part.kind):
+        draw(part, arms, lines, out / f"{part.name}.png")
+        text += f"\n![{part.question}]({out.name}/{part.name}.png)\n"
+    _put(out.with_suffix(".md"), part, text)
     return table
 
 
@@ -89,6 +93,26 @@ def _grid_table(part: Part, arms: Mapping[str, Arm], lines: Lines) -> str:
     for name in part.arms:
         rows.append([arms[name].says, *(_cell(_lines_of(arms[name], lines, point)) for point in points)])
     return _markdown(rows)
+
+
+def _forecast_table(part: Part, arms: Mapping[str, Arm], lines: Lines) -> str:
+    """What the probe says of the point of its grid that is nearest, and what the runs did there."""
+    rows = [["probe of", "point", "forecast", "its NLL change", "right at T=1 and NLL of the runs"]]
+    for name in part.arms:
+        forecast = arms[arms[name].forecasts]
+        for line in _lines_of(arms[name], lines):
+            for point in forecast.points:
+                one = min(line.tries, key=lambda one, point=point: _distance(one, point))
+                at = f"{one['verdict']} (lr {one['lr']:.2g}, beta {one['beta']:.2g})"
+                told = _cell(_lines_of(forecast, lines, point))
+                rows.append([forecast.says, _in_words(point), at, f"{one['nll_change_nats_per_token']:+.2f}", told])
+    return _markdown(rows)
+
+
+def _distance(one: Mapping[str, Any], point: Sequence[str]) -> float:
+    """Between a try and a point of a grid, in factors."""
+    values = {key.split(".")[-1]: float(value) for key, value in (setting.split("=") for setting in point)}
+    return sum(abs(math.log(one[key] / values[key])) for key in values)
 
 
 def _cell(those: Sequence[Line]) -> str:

@@ -12,6 +12,7 @@ is not run again; a run that was cut off goes on where it stopped.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -108,6 +109,8 @@ class Study:
         side_by_side(self._arm, [self.arms[name] for name in part.arms], self.size.concurrent)
 
     def _arm(self, arm: Arm) -> None:
+        if arm.forecasts:
+            return self._probe(arm)
         rate = self._rate(arm)
         for point in arm.points:
             for seed in range(self.size.seeds):
@@ -163,19 +166,37 @@ class Study:
         shutil.rmtree(config.run_path, ignore_errors=True)
         return line
 
+    def _probe(self, arm: Arm) -> None:
+        trial = Trial(arm.name, FINAL, (*arm.settings, *self.settings), seed=0)
+        if self.lines.of(trial):
+            return
+        overrides = [*trial.settings, f"run.dir={self.folder / 'runs'}", f"run.name={arm.name}"]
+        log = self.folder / "logs" / f"{arm.name}.log"
+        outcome = self.play(arm.config, overrides, log, command="probe")
+        run = RunDir(self.folder / "runs" / f"{arm.name}-probe")
+        _refuse_unfinished(trial, outcome, run, log)
+        tries = tuple(json.loads((run.path / "probe.json").read_text())["tries"])
+        self.lines.add(Line(arm.name, FINAL, trial.settings, 0, "finished", outcome.seconds / 60, tries=tries))
+        shutil.rmtree(run.path, ignore_errors=True)
+
     def _line(self, arm: Arm, trial: Trial, outcome: Outcome, config: Config, log: Path) -> Line:
         run = RunDir(config.run_path)
-        if outcome.code == EXIT_INTERRUPTED:
-            raise Interrupted("interrupted; the same command goes on")
-        if outcome.code == EXIT_BAD_INPUT:
-            raise BadInput(f"{trial.arm}: {outcome.line}")
-        if outcome.code and not run.marks("diverged"):
-            raise RunStopped(f"{trial.arm}: {outcome.line}; see {log}; the same command goes on")
+        _refuse_unfinished(trial, outcome, run, log)
         versions = {version: {**metrics, **self.measure(arm, run, version)} for version, metrics in outcome.evaluations.items()}
         took = ("num_steps", "num_pairs", "num_tokens", "wall_s")
         trainings = tuple({key: mark["report"][key] for key in took} for mark in run.marks("iteration"))
         state = "collapsed" if collapsed(run) else "finished"
         return Line(trial.arm, trial.stage, trial.settings, trial.seed, state, outcome.seconds / 60, versions, trainings)
+
+
+def _refuse_unfinished(trial: Trial, outcome: Outcome, run: RunDir, log: Path) -> None:
+    """A run that did not end, or did not begin, has no line; one that diverged has."""
+    if outcome.code == EXIT_INTERRUPTED:
+        raise Interrupted("interrupted; the same command goes on")
+    if outcome.code == EXIT_BAD_INPUT:
+        raise BadInput(f"{trial.arm}: {outcome.line}")
+    if outcome.code and not run.marks("diverged"):
+        raise RunStopped(f"{trial.arm}: {outcome.line}; see {log}; the same command goes on")
 
 
 def _folder_name(trial: Trial, own: Sequence[str]) -> str:

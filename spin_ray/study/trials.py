@@ -39,10 +39,12 @@ class Outcome:
 
 
 def play(
-    config: str, overrides: Sequence[str], log: Path, heard: Callable[[int, dict[str, float], RunDir], None] = lambda *_: None
+    config: str, overrides: Sequence[str], log: Path, heard: Callable[[int, dict[str, float], RunDir], None] = lambda *_: None,
+    command: str = "run",
 ) -> Outcome:
-    """Run the config, or go on with it; `heard` is told of every version's held-out metrics as soon as they are marked.
+    """Run the config, or go on with it, or carry out another command for it.
 
+    `heard` is told of every version's held-out metrics as soon as they are marked.
     The run has our environment, so runs share the cluster in RAY_ADDRESS, if there is one. Its own output goes to `log`. A signal to
     us reaches it too (`side_by_side`): it saves its progress and ends.
     """
@@ -50,7 +52,7 @@ def play(
     log.parent.mkdir(parents=True, exist_ok=True)
     begun, told = time.monotonic(), set()
     with log.open("a") as output:
-        process = subprocess.Popen([sys.executable, "-m", "spin_ray", "run", config, *overrides], stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, "-m", "spin_ray", command, config, *overrides], stdout=output, stderr=subprocess.STDOUT)
         _RUNNING.add(process)
         ended = False
         while not ended:

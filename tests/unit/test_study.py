@@ -32,7 +32,7 @@ class Runs:
     def __init__(self, best=3e-4, collapses=1.0, code=0):
         self.best, self.collapses, self.code, self.played = best, collapses, code, []
 
-    def __call__(self, config, overrides, log):
+    def __call__(self, config, overrides, log, command="run"):
         config, _ = load_config(config, overrides)
         self.played.append(config)
         run = RunDir(config.run_path)
@@ -192,6 +192,33 @@ def test_its_data_has_no_instruction_twice(tmp_path):
     assert all(row["chosen"] != row["rejected"] for row in rows["preferences"])
     before = {name: path.stat().st_mtime_ns for name, path in files.items()}
     assert before == {name: path.stat().st_mtime_ns for name, path in make_data(tmp_path).items()}
+
+
+def test_a_probe_stands_beside_the_runs_that_it_forecasts(tmp_path):
+    arms = {**MADE, "probe": Arm("probe", "a probe", ("spin.num_iterations=1",), rate="", forecasts="grid")}
+    runs, probed = Runs(collapses=5e-3), []
+
+    def play(config, overrides, log, command="run"):
+        if command == "run":
+            return runs(config, overrides, log)
+        probed.append(config)
+        folder = tmp_path / "study/runs/probe-probe"
+        folder.mkdir(parents=True)
+        tries = [{"lr": lr, "beta": 0.1, "verdict": verdict, "nll_change_nats_per_token": lr} for lr, verdict in ((9e-4, "learns"), (9e-3, "collapses"))]
+        (folder / "probe.json").write_text(json.dumps({"tries": tries}))
+        return Outcome(0, "", {}, 30.0)
+
+    made = Study(Lines(tmp_path / "runs.jsonl"), tmp_path / "study", (), Size(seeds=1), arms, play, measure)
+    part = Part("c", "Right?", ("probe",), kind="forecast")
+    made.run(Part("b", "?", ("grid",), kind="grid")), made.run(part), made.run(part)
+    assert len(probed) == 1 and not list((tmp_path / "study/runs").iterdir())
+    (tmp_path / "docs").mkdir()
+    table = report(part, arms, Lines(tmp_path / "runs.jsonl"), tmp_path / "docs/study")
+    assert table.splitlines()[2:] == [
+        "| a grid | lr 0.001 | learns (lr 0.0009, beta 0.1) | +0.00 | 0.490; NLL +0.00 |",
+        "| a grid | lr 0.01 | collapses (lr 0.009, beta 0.1) | +0.01 | 0.000; NLL +0.00; **collapsed 1/1** |",
+    ]
+    assert "## Right?" in (tmp_path / "docs/study.md").read_text()
 
 
 def test_words_that_are_no_part_and_lines_that_are_none(tmp_path):
