@@ -56,7 +56,7 @@ def test_a_probe_says_what_is_safe_and_starts_every_try_from_the_same_weights(tm
     for low, *_, high in (tries[:5], tries[5:10], tries[10:]):  # the highest rate ruins the model, the next try knows nothing of it
         assert abs(low["nll_change_nats_per_token"]) < 0.05 and low["kl_nats_per_token"] < 0.05 < high["kl_nats_per_token"]
     assert report["prompts_per_s"] > 0 and report["pairs_per_s"] > 0 and report["peak_memory_gib"] > 0.1
-    said = done.stderr
+    said = done.stdout
     for line in ("Can the players be told apart?", "Which settings are safe?", "The config's own lr 0.0005 and beta 0.1: ", "What does an iteration cost?", "  96 prompts: "):
         assert line in said
     assert not list((tmp_path / "demo-probe").glob("iter_*"))
