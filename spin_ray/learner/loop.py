@@ -204,7 +204,6 @@ class Worker:
         count = self._take_up(command)
         total_steps, peak = command.num_steps, command.lr * self._args.rollback_lr_factor**self._joined.rollbacks
         metrics: dict[str, Any] = {}
-        diverged = ""
         snapshot = command.snapshot
         for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
             if step == total_steps:
@@ -223,7 +222,6 @@ class Worker:
                 check_numbers(metrics, command.iteration, step, lr, self._args.log_dir)
             except Diverged as error:
                 if command.is_a_try:
-                    diverged = str(error)
                     break
                 self._wait_for_rollback(Divergence(self._joined.group, command.iteration, step, error))
             count = count.after(metrics, len(batch))
@@ -241,7 +239,7 @@ class Worker:
         feed.close()
         return TrainReport(
             count.steps, count.pairs, count.tokens, time.perf_counter() - started, feed.waited_s, count.first_loss,
-            count.expected_first_loss, metrics.get("peak_memory_gib", 0.0), diverged,
+            count.expected_first_loss, metrics.get("peak_memory_gib", 0.0),
         )
 
     def _take_up(self, command: Train) -> Count:

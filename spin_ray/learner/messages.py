@@ -34,7 +34,7 @@ class Train:
     progress_path: str | None = None
     """Where `checkpoint_every_steps` puts the main player in the middle of the iteration, and where it is taken up."""
     is_a_try: bool = False
-    """Ends where a number goes bad, with what has been done by then: the weights are given up afterwards anyway."""
+    """Where a number goes bad it ends, with fewer steps than it should have: the weights are given up afterwards anyway."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,6 @@ class TrainReport:
     expected_first_loss: float | None
     """What that must be, because policy == opponent; None where there is no opponent."""
     peak_memory_gib: float
-    diverged: str = ""
-    """Of a try: the number that went bad."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Try:
     """Held-out, of the real answers; above 0 log p(y) has fallen."""
     kl_nats_per_token: float
     train_accuracy: float
-    diverged: str
+    diverged: bool
+    """A number went bad before the last step."""
 
     @property
     def verdict(self) -> str:
@@ -172,7 +173,7 @@ def _tries(
             ))
             last = [record.metrics for record in learner.drain() if isinstance(record, StepRecord)]
             logps = learner.run(Score(tuple(held)))
-            found.append(_measured(lr * factor, tried, held, logps, last, report.diverged))
+            found.append(_measured(lr * factor, tried, held, logps, last, report.num_steps < own))
             rates.append(report.num_pairs / report.wall_s)
             memory = max(memory, report.peak_memory_gib)
             terminal.status(f"{len(found)} of {len(LR_FACTORS) * len(BETA_FACTORS)} settings tried")
@@ -186,7 +187,8 @@ def raised(own: int, steps: int) -> float:
 
 
 def _measured(
-    lr: float, objective: PairObjective, held: Sequence[Pair], logps: Sequence[np.ndarray], steps: Sequence[dict[str, Any]], diverged: str
+    lr: float, objective: PairObjective, held: Sequence[Pair], logps: Sequence[np.ndarray], steps: Sequence[dict[str, Any]],
+    diverged: bool,
 ) -> Try:
     real, generated = logps[::2], logps[1::2]
     told = advantage(held, real, generated, objective)
