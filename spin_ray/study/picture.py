@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def draw_grid(
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             died = f"\n{collapsed[row][column]} collapsed" if collapsed[row][column] else ""
-            plot.text(column, row, "" if value != value else f"{value:+.2f}{died}", ha="center", va="center", fontsize=8)
+            said = f"{'' if math.isnan(value) else f'{value:+.2f}'}{died}".strip()
+            plot.text(column, row, said, ha="center", va="center", fontsize=8)
     plot.set_xticks(range(len(columns)), columns, fontsize=8)
     plot.set_yticks(range(len(rows)), rows, fontsize=8)
     plot.set_title(title, fontsize=10)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ COLUMNS = (
 )
 """Metric, head of its column, digits."""
 
+Find = Callable[..., list[Line]]
+"""find(arm's name, point) -> its runs there; without a point, at any."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -39,14 +43,18 @@ class Value:
         return f"{self.mean:.{digits}f}" + (f" ± {self.error:.{digits}f}" if np.isfinite(self.error) else "")
 
 
-def report(part: Part, arms: Mapping[str, Arm], lines: Lines, out: Path) -> str:
-    """Draw the part's picture into `out`, put its table into the document beside it, and return it."""
-    table = {"curve": _curve_table, "grid": _grid_table, "forecast": _forecast_table}[part.kind](part, arms, lines)
+def report(part: Part, arms: Mapping[str, Arm], lines: Lines, out: Path, settings: tuple[str, ...] = ()) -> str:
+    """Draw the part's picture into `out`, put its table into the document beside it, and return it.
+
+    `settings`: what every run of the study had on the command line; runs with others belong to another study in the same file.
+    """
+    find = partial(_lines_of, arms, lines, settings)
+    table = {"curve": _curve_table, "grid": _grid_table, "forecast": _forecast_table}[part.kind](part, arms, find)
     text = table
     if draw := {"curve": _draw_curves, "grid": _draw_grid}.get(part.kind):
-        draw(part, arms, lines, out / f"{part.name}.png")
+        draw(part, arms, find, out / f"{part.name}.png")
         text += f"\n![{part.question}]({out.name}/{part.name}.png)\n"
-    _put(out.with_suffix(".md"), part, text)
+    _put(out.parent / f"{out.name}.md", part, text)
     return table
 
 
@@ -59,21 +67,23 @@ def _put(document: Path, part: Part, text: str) -> None:
     document.write_text(before[: before.index(begin)] + begin + text + before[before.index(end) :])
 
 
-def _curve_table(part: Part, arms: Mapping[str, Arm], lines: Lines) -> str:
-    found = {name: _lines_of(arms[name], lines) for name in part.arms}
+def _curve_table(part: Part, arms: Mapping[str, Arm], find: Find) -> str:
+    found = {name: find(name) for name in part.arms}
     every = [line for those in found.values() for line in those]
     shown = [column for column in COLUMNS if any(column[0] in metrics for line in every for metrics in line.versions.values())]
     rows = [["", "lr", "steps", *(head for _, head, _ in shown), "training, min", "seeds"]]
     rows.append(["theta_0", "", "0", *_cells([line.versions[0] for line in every if 0 in line.versions], shown), "", ""])
     for name, those in found.items():
-        for version in range(1, 1 + max((max(line.versions, default=0) for line in those), default=0)):
+        last = max((max(line.versions, default=0) for line in those), default=0)
+        for version in range(1, last + 1):
             reached = [line for line in those if version in line.versions]
             minutes = Value.of([sum(training["wall_s"] for training in line.trainings[:version]) / 60 for line in reached])
-            says = arms[name].says + (f", theta_{version}" if len(those[0].versions) > 2 else "")
             rows.append([
-                says, _rate(arms[name], those[0]), str(those[0].steps(version)),
-                *_cells([line.versions[version] for line in reached], shown), f"{minutes.mean:.1f}", _seeds(reached),
+                arms[name].says + (f", theta_{version}" if last > 1 else ""), _rate(arms[name], those[0]), str(reached[0].steps(version)),
+                *_cells([line.versions[version] for line in reached], shown), f"{minutes.mean:.1f}", _seeds(reached, those),
             ])
+        if those and not last:
+            rows.append([arms[name].says, _rate(arms[name], those[0]), "", *[""] * len(shown), "", _seeds([], those)])
     return _markdown(rows)
 
 
@@ -85,26 +95,26 @@ def _cells(versions: Sequence[Mapping[str, float]], shown: Iterable[tuple[str, s
     return cells
 
 
-def _grid_table(part: Part, arms: Mapping[str, Arm], lines: Lines) -> str:
+def _grid_table(part: Part, arms: Mapping[str, Arm], find: Find) -> str:
     points = arms[part.arms[0]].points
-    every = [line for name in part.arms for line in _lines_of(arms[name], lines)]
-    start = Value.of([score(line.versions[0]) for line in every if 0 in line.versions]) if every else None
-    rows = [["right at T=1" + (f" (theta_0: {start.shown(3)})" if start else ""), *(_in_words(point) for point in points)]]
+    starts = [score(line.versions[0]) for name in part.arms for line in find(name) if 0 in line.versions]
+    start = f" (theta_0: {Value.of(starts).shown(3)})" if starts else ""
+    rows = [[f"right at T=1{start}", *(_in_words(point) for point in points)]]
     for name in part.arms:
-        rows.append([arms[name].says, *(_cell(_lines_of(arms[name], lines, point)) for point in points)])
+        rows.append([arms[name].says, *(_cell(find(name, point)) for point in points)])
     return _markdown(rows)
 
 
-def _forecast_table(part: Part, arms: Mapping[str, Arm], lines: Lines) -> str:
+def _forecast_table(part: Part, arms: Mapping[str, Arm], find: Find) -> str:
     """What the probe says of the point of its grid that is nearest, and what the runs did there."""
     rows = [["probe of", "point", "forecast", "its NLL change", "right at T=1 and NLL of the runs"]]
     for name in part.arms:
         forecast = arms[arms[name].forecasts]
-        for line in _lines_of(arms[name], lines):
+        for line in find(name):
             for point in forecast.points:
                 one = min(line.tries, key=lambda one, point=point: _distance(one, point))
                 at = f"{one['verdict']} (lr {one['lr']:.2g}, beta {one['beta']:.2g})"
-                told = _cell(_lines_of(forecast, lines, point))
+                told = _cell(find(forecast.name, point))
                 rows.append([forecast.says, _in_words(point), at, f"{one['nll_change_nats_per_token']:+.2f}", told])
     return _markdown(rows)
 
@@ -132,9 +142,9 @@ def _nll(line: Line, version: int) -> float:
     return line.versions[version]["real_nll_nats_per_token"]
 
 
-def _draw_curves(part: Part, arms: Mapping[str, Arm], lines: Lines, path: Path) -> None:
+def _draw_curves(part: Part, arms: Mapping[str, Arm], find: Find, path: Path) -> None:
     """The metric that counts over optimizer steps, an arm a curve, or several that differ by their steps."""
-    found = {name: _lines_of(arms[name], lines) for name in part.arms}
+    found = {name: find(name) for name in part.arms}
     known = {key for those in found.values() for line in those for metrics in line.versions.values() for key in metrics}
     metric, head, _ = next((column for column in COLUMNS if column[0] in known), COLUMNS[0])
     reached: dict[str, dict[int, list[float]]] = {}
@@ -150,9 +160,9 @@ def _draw_curves(part: Part, arms: Mapping[str, Arm], lines: Lines, path: Path) 
     draw_curves([curve for curve in curves if curve.xs], part.question, head, path)
 
 
-def _draw_grid(part: Part, arms: Mapping[str, Arm], lines: Lines, path: Path) -> None:
+def _draw_grid(part: Part, arms: Mapping[str, Arm], find: Find, path: Path) -> None:
     points = arms[part.arms[0]].points
-    cells = [[_lines_of(arms[name], lines, point) for point in points] for name in part.arms]
+    cells = [[find(name, point) for point in points] for name in part.arms]
     values = [[_mean_gain(those) for those in row] for row in cells]
     collapsed = [[sum(line.state == "collapsed" for line in those) for those in row] for row in cells]
     draw_grid(values, collapsed, [_plain(arms[name]) for name in part.arms], [_in_words(p) for p in points], part.question, path)
@@ -164,10 +174,14 @@ def _mean_gain(those: Sequence[Line]) -> float:
     return float(np.mean(gains)) if gains else float("nan")
 
 
-def _lines_of(arm: Arm, lines: Lines, point: tuple[str, ...] | None = None) -> list[Line]:
-    """The arm's lines that count, at one of its points or at any; not those of an arm of this name that was another one once."""
-    those = [line for line in lines.of_arm(arm.name) if line.settings[: len(arm.settings)] == arm.settings]
-    return [line for line in those if point is None or set(point) <= set(line.settings)]
+def _lines_of(
+    arms: Mapping[str, Arm], lines: Lines, settings: tuple[str, ...], name: str, point: tuple[str, ...] | None = None
+) -> list[Line]:
+    """The arm's runs that count, at one of its points or at any; not those of an arm that had this name and was another one."""
+    arm = arms[name]
+    begins = [(*arm.settings, *settings, *at) for at in (arm.points if point is None else [point])]
+    more = 1 if arm.rate else 0  # the rate comes last
+    return [line for line in lines.of_arm(name) if line.settings[: len(line.settings) - more] in begins]
 
 
 def _plain(arm: Arm) -> str:
@@ -178,9 +192,10 @@ def _rate(arm: Arm, line: Line) -> str:
     return next((setting.split("=")[1] for setting in line.settings if arm.rate and setting.startswith(f"{arm.rate}=")), "")
 
 
-def _seeds(those: Sequence[Line]) -> str:
+def _seeds(reached: Sequence[Line], those: Sequence[Line]) -> str:
+    """How many runs a row is the mean of, and how many of all have collapsed, now or later."""
     collapsed = sum(line.state == "collapsed" for line in those)
-    return f"{len(those)}" + (f", {collapsed} collapsed" if collapsed else "")
+    return f"{len(reached)}" + (f", {collapsed} of {len(those)} collapsed" if collapsed else "")
 
 
 def _in_words(point: Sequence[str]) -> str:

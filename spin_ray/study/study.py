@@ -36,7 +36,7 @@ from spin_ray.study.lines import FINAL, SEARCH, Line, Lines, Trial
 from spin_ray.study.made import make_data
 from spin_ray.study.report import report
 from spin_ray.study.search import score
-from spin_ray.study.trials import Outcome, collapsed, play, side_by_side
+from spin_ray.study.trials import Outcome, collapsed, play, refuse_to_begin, side_by_side
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def run_study(words: Sequence[str], out: Path, size: Size) -> None:
         study = Study(Lines(out / "runs.jsonl"), folder, settings, size)
         for part in parts:
             study.run(part)
-            print(report(part, ARMS, study.lines, out), flush=True)
+            print(report(part, ARMS, study.lines, out, settings), flush=True)
 
 
 def measure(arm: Arm, run: RunDir, version: int) -> dict[str, float]:
@@ -150,6 +150,7 @@ class Study:
         trial = Trial(arm.name, stage, settings, seed)
         if line := self.lines.of(trial):
             return line
+        refuse_to_begin()
         name = _folder_name(trial, settings[len(arm.settings) :])
         more = [f"run.dir={self.folder / 'runs'}", f"run.name={name}", f"run.seed={seed}", "tracking.wandb.group=study"]
         if stage == SEARCH:

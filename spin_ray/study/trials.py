@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from spin_ray.config import load_config
+from spin_ray.interrupt import Interrupted
 from spin_ray.manifest import RunDir
 
 POLL_S = 1.0
@@ -23,6 +24,8 @@ COLLAPSED_SHARE, COLLAPSED_NATS = 0.5, 1.0
 
 _RUNNING: set[subprocess.Popen] = set()
 """Runs of this process."""
+_OVER = Event()
+"""Set at the first failure or signal: no run begins any more."""
 
 
 @dataclass(frozen=True)
@@ -52,44 +55,70 @@ def play(
     log.parent.mkdir(parents=True, exist_ok=True)
     begun, told = time.monotonic(), set()
     with log.open("a") as output:
-        process = subprocess.Popen([sys.executable, "-m", "spin_ray", command, config, *overrides], stdout=output, stderr=subprocess.STDOUT)
-        _RUNNING.add(process)
-        ended = False
-        while not ended:
-            try:
-                process.wait(timeout=POLL_S)
-                ended = True
-            except subprocess.TimeoutExpired:
-                ended = False
-            for version, metrics in run.evaluations().items():
-                if version not in told:
-                    told.add(version)
-                    heard(version, metrics, run)
-    _RUNNING.discard(process)
+        words = [sys.executable, "-m", "spin_ray", command, config, *overrides]
+        with _running(words, stdout=output, stderr=subprocess.STDOUT) as process:
+            ended = False
+            while not ended:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=POLL_S)
+                    ended = True
+                for version, metrics in run.evaluations().items():
+                    if version not in told:
+                        told.add(version)
+                        heard(version, metrics, run)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("spin-ray: ")]
     return Outcome(process.returncode, lines[-1].removeprefix("spin-ray: ") if lines else "", run.evaluations(), time.monotonic() - begun)
 
 
+@contextmanager
+def _running(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process that an error in the body ends too. Raises Interrupted where nothing may begin any more."""
+    refuse_to_begin()
+    process = subprocess.Popen(words, **options)
+    _RUNNING.add(process)
+    try:
+        if _OVER.is_set():  # the signal came before anybody knew of this process
+            process.terminate()
+        yield process
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        _RUNNING.discard(process)
+
+
+def refuse_to_begin() -> None:
+    """Raise Interrupted if something has failed, or a signal has come."""
+    if _OVER.is_set():
+        raise Interrupted("interrupted; the same command goes on")
+
+
 def side_by_side(work: Callable[[Any], object], items: Iterable[Any], concurrent: int) -> None:
-    """Do the work for every item, so many at a time. After the first failure, or a signal, nothing more begins; what runs is waited for."""
-    over = Event()
+    """Do the work for every item, so many at a time.
+
+    After the first failure, or a signal, nothing more begins: no item, and no run of an item that is under way. What runs is waited for.
+    """
+    failures: list[BaseException] = []
 
     def one(item: Any) -> None:
-        if over.is_set():
+        if _OVER.is_set():
             return
         try:
             work(item)
-        except BaseException:
-            over.set()
-            raise
+        except BaseException as error:
+            failures.append(error)
+            _OVER.set()
 
     with _sigterm_passed_on(), ThreadPoolExecutor(concurrent) as pool:
         try:
             for _ in pool.map(one, items):
                 pass
         except BaseException:
-            over.set()
+            _OVER.set()
             raise
+    if failures:
+        raise failures[0]
 
 
 @contextmanager
@@ -97,6 +126,7 @@ def _sigterm_passed_on() -> Iterator[None]:
     """A terminal's Ctrl-C goes to our runs as to us; a SIGTERM comes to us alone."""
 
     def pass_on(*_: Any) -> None:
+        _OVER.set()
         for process in list(_RUNNING):
             process.terminate()
         raise KeyboardInterrupt
@@ -106,6 +136,7 @@ def _sigterm_passed_on() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        _OVER.clear()
 
 
 def collapsed(run: RunDir) -> bool:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from spin_ray.config import load_config
 from spin_ray.errors import BadInput, RunStopped
 from spin_ray.interrupt import Interrupted
 from spin_ray.manifest import RunDir
+from spin_ray.study import trials
 from spin_ray.study.arms import ARMS, PARTS, RATES, Arm, Part
 from spin_ray.study.lines import Line, Lines, Trial
 from spin_ray.study.made import make_data
@@ -117,7 +119,39 @@ def test_after_a_failure_nothing_more_is_begun(concurrent):
 
     with pytest.raises(RunStopped, match="0 failed"):
         side_by_side(work, range(50), concurrent)
-    assert len(begun) == concurrent
+    assert 1 <= len(begun) <= concurrent
+
+
+def test_an_arm_that_fails_ends_the_others_between_two_runs(tmp_path):
+    failed, runs = threading.Event(), Runs()
+
+    def play(config, overrides, log, command="run"):
+        if "spin.lr=0.001" in overrides and not failed.is_set():
+            time.sleep(0.05)
+            failed.set()
+            return Outcome(1, "out of memory", {}, 1.0)
+        failed.wait(10)
+        time.sleep(0.2)
+        return runs(config, overrides, log)
+
+    arms = {"bad": GRID, "good": Arm("good", "", ("spin.num_iterations=1",), rate="", points=(("spin.lr=0.0001",),))}
+    made = Study(Lines(tmp_path / "runs.jsonl"), tmp_path / "study", (), Size(seeds=5, concurrent=2), arms, play, measure)
+    with pytest.raises(RunStopped, match="out of memory"):
+        made.run(Part("a", "?", ("good", "bad")))
+    assert len(runs.played) == 1  # what ran when the other failed has its line
+    assert [line.arm for line in Lines(tmp_path / "runs.jsonl")] == ["good"]
+
+
+def test_an_error_while_a_run_is_watched_ends_the_run(tmp_path, monkeypatch):
+    begun = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **options: begun.append(popen([sys.executable, "-c", "import time; time.sleep(600)"])) or begun[0])
+    run = RunDir(tmp_path / "demo")
+    run.path.mkdir()
+    run.mark("evaluation", version=0, metrics={})
+    with pytest.raises(KeyError):
+        trials.play("conf/demo.yaml", [f"run.dir={tmp_path}"], tmp_path / "log", lambda version, metrics, run: metrics["no such"])
+    assert begun[0].poll() is not None
 
 
 def test_a_sigterm_reaches_the_runs_and_ends_the_study():
