@@ -75,7 +75,7 @@ def test_a_study_of_two_tiny_parts(tmp_path):
     study = Study(lines, tmp_path / "study", settings, Size(seeds=1), arms)
     for part in parts:
         study.run(part)
-        report(part, arms, lines, out)
+        report(part, arms, lines, out, settings)
     found = list(Lines(out / "runs.jsonl"))
     assert [(line.arm, line.state, line.steps(1)) for line in found] == [("spin", "finished", 2), ("dpo", "finished", 2)]
     assert all({"exact_match_t1_share", "real_nll_nats_per_token", "advantage_accuracy"} <= line.versions[1].keys() for line in found)
