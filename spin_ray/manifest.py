@@ -30,6 +30,16 @@ _DRAWN = ("timeline.png", "wandb_id", "wandb", "logs")
 UPLOAD_S = 60.0
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line with its end, whole and on disk when this returns; one that a crash cut short goes."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class RunDir:
     """runs/<name>. `open` makes it, or takes up the one that an earlier, equal run left behind.
 
@@ -189,12 +199,7 @@ class RunDir:
         """Append one line to the manifest, whole and where it lies for good when this returns."""
         line, path = json.dumps({"stage": stage, **facts}) + "\n", self.path / "manifest.jsonl"
         with _MARKING, readable_disk_errors(path):
-            with path.open("a+b") as manifest:
-                manifest.seek(0)
-                manifest.truncate(manifest.read().rfind(b"\n") + 1)  # a line that a crash cut short
-                manifest.write(line.encode())
-                manifest.flush()
-                os.fsync(manifest.fileno())
+            append_line(path, line)
             self.storage.publish(path)
 
     def _parse(self, path: Path, line: bytes | None = None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ An interrupted study goes on from it, on any machine.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.errors import BadInput
+from spin_ray.manifest import append_line
 
 SEARCH, FINAL = "search", "final"
 
@@ -31,13 +31,9 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(Trial):
     """How a run ended."""
 
-    arm: str
-    stage: str
-    settings: tuple[str, ...]
-    seed: int
     state: str
     """finished or collapsed."""
     minutes: float
@@ -76,12 +72,8 @@ class Lines:
 
     def add(self, line: Line) -> None:
         """Append a line, whole and on disk when this returns."""
-        with self._adding, self._path.open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # a line that a crash cut short
-            file.write(json.dumps(_rounded(asdict(line))).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._adding:
+            append_line(self._path, json.dumps(_rounded(asdict(line))) + "\n")
             self._lines.append(line)
 
 

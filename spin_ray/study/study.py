@@ -23,10 +23,8 @@ from threading import Lock
 import numpy as np
 
 from spin_ray.config import Config, load_config
-from spin_ray.errors import BadInput, RunStopped
+from spin_ray.errors import BadInput
 from spin_ray.exchange.pairs import read_pairs
-from spin_ray.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from spin_ray.interrupt import Interrupted
 from spin_ray.lock import held
 from spin_ray.manifest import RunDir
 from spin_ray.records import Pair, from_table
@@ -36,7 +34,7 @@ from spin_ray.study.lines import FINAL, SEARCH, Line, Lines, Trial
 from spin_ray.study.made import make_data
 from spin_ray.study.report import report
 from spin_ray.study.search import score
-from spin_ray.study.trials import Outcome, collapsed, play, refuse_to_begin, side_by_side
+from spin_ray.study.trials import Outcome, collapsed, play, refuse_to_begin, refuse_unfinished, side_by_side
 
 
 @dataclass(frozen=True)
@@ -175,29 +173,19 @@ class Study:
         log = self.folder / "logs" / f"{arm.name}.log"
         outcome = self.play(arm.config, overrides, log, command="probe")
         run = RunDir(self.folder / "runs" / f"{arm.name}-probe")
-        _refuse_unfinished(trial, outcome, run, log)
+        refuse_unfinished(trial.arm, outcome, run, log)
         tries = tuple(json.loads((run.path / "probe.json").read_text())["tries"])
         self.lines.add(Line(arm.name, FINAL, trial.settings, 0, "finished", outcome.seconds / 60, tries=tries))
         shutil.rmtree(run.path, ignore_errors=True)
 
     def _line(self, arm: Arm, trial: Trial, outcome: Outcome, config: Config, log: Path) -> Line:
         run = RunDir(config.run_path)
-        _refuse_unfinished(trial, outcome, run, log)
+        refuse_unfinished(trial.arm, outcome, run, log)
         versions = {version: {**metrics, **self.measure(arm, run, version)} for version, metrics in outcome.evaluations.items()}
         took = ("num_steps", "num_pairs", "num_tokens", "wall_s")
         trainings = tuple({key: mark["report"][key] for key in took} for mark in run.marks("iteration"))
         state = "collapsed" if collapsed(run) else "finished"
         return Line(trial.arm, trial.stage, trial.settings, trial.seed, state, outcome.seconds / 60, versions, trainings)
-
-
-def _refuse_unfinished(trial: Trial, outcome: Outcome, run: RunDir, log: Path) -> None:
-    """A run that did not end, or did not begin, has no line; one that diverged has."""
-    if outcome.code == EXIT_INTERRUPTED:
-        raise Interrupted("interrupted; the same command goes on")
-    if outcome.code == EXIT_BAD_INPUT:
-        raise BadInput(f"{trial.arm}: {outcome.line}")
-    if outcome.code and not run.marks("diverged"):
-        raise RunStopped(f"{trial.arm}: {outcome.line}; see {log}; the same command goes on")
 
 
 def _folder_name(trial: Trial, own: Sequence[str]) -> str:

@@ -15,6 +15,8 @@ from threading import Event
 from typing import Any
 
 from spin_ray.config import load_config
+from spin_ray.errors import BadInput, RunStopped
+from spin_ray.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from spin_ray.interrupt import Interrupted
 from spin_ray.manifest import RunDir
 
@@ -68,6 +70,16 @@ def play(
                         heard(version, metrics, run)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("spin-ray: ")]
     return Outcome(process.returncode, lines[-1].removeprefix("spin-ray: ") if lines else "", run.evaluations(), time.monotonic() - begun)
+
+
+def refuse_unfinished(name: str, outcome: Outcome, run: RunDir, log: Path) -> None:
+    """Raise what keeps a run from counting: it was interrupted, refused, or failed otherwise than by bad numbers."""
+    if outcome.code == EXIT_INTERRUPTED:
+        raise Interrupted("interrupted; the same command goes on")
+    if outcome.code == EXIT_BAD_INPUT:
+        raise BadInput(f"{name}: {outcome.line}")
+    if outcome.code and not run.marks("diverged"):
+        raise RunStopped(f"{name}: {outcome.line}; see {log}; the same command goes on")
 
 
 @contextmanager

@@ -26,15 +26,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from spin_ray.config import Config, load_config, with_overrides
-from spin_ray.errors import BadInput, RunStopped
-from spin_ray.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from spin_ray.interrupt import Interrupted
+from spin_ray.errors import BadInput
 from spin_ray.lock import held
 from spin_ray.manifest import RunDir
 from spin_ray.storage import DISK
 from spin_ray.study.picture import draw_search
 from spin_ray.study.search import LOWER_IS_BETTER, Range, Search, assignment, read_search
-from spin_ray.study.trials import Outcome, collapsed, play, side_by_side
+from spin_ray.study.trials import Outcome, collapsed, play, refuse_unfinished, side_by_side
 
 
 @dataclass(frozen=True)
@@ -110,19 +108,14 @@ class _Search:
             if self._search.prune and trial.should_prune():
                 run.stop_file.write_text("below the median of the other trials\n")
 
-        outcome = play(self._config_path, self._of_trial(name, trial.params), self._folder / "logs" / f"{name}.log", heard)
-        if outcome.code == EXIT_INTERRUPTED:
-            raise Interrupted("interrupted; the same command goes on")
-        if outcome.code == EXIT_BAD_INPUT:
-            raise BadInput(f"{name}: {outcome.line}")
+        log = self._folder / "logs" / f"{name}.log"
+        outcome = play(self._config_path, self._of_trial(name, trial.params), log, heard)
+        refuse_unfinished(name, outcome, self._run(trial.number), log)
         self._tell(trial, outcome)
 
     def _tell(self, trial: Trial, outcome: Outcome) -> None:
         run = self._run(trial.number)
-        pruned, diverged = run.stop_file.exists(), bool(run.marks("diverged"))
-        if outcome.code and not diverged:
-            raise RunStopped(f"trial_{trial.number:03d}: {outcome.line}; see {self._folder}/logs; the same command goes on")
-        state = "collapsed" if collapsed(run) else "pruned" if pruned else "finished"
+        state = "collapsed" if collapsed(run) else "pruned" if run.stop_file.exists() else "finished"
         trial.set_user_attr("state", state)
         trial.set_user_attr("minutes", outcome.seconds / 60)
         scores = {version: self._better(metrics[self._metric(metrics)]) for version, metrics in outcome.evaluations.items()}
