@@ -35,6 +35,7 @@ from spin_ray.learner.proof import NUM_PARAMETERS, TOLERANCES, Facts, compare
 from spin_ray.losses import GENERATED, REAL, LikelihoodObjective, PairLogps, PairObjective
 from spin_ray.model import refuse_unsupported
 from spin_ray.placement import Hardware
+from spin_ray.places import drop_left_build_locks
 from spin_ray.records import NUM_ANSWERS, NUM_PARTS, Pair
 
 _REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
@@ -73,6 +74,7 @@ class MainPlayer:
         """This rank's part of other weights, by the names that they were kept under."""
         if self._bare:
             optimizer.register_step_pre_hook(self._clip)
+        drop_left_build_locks()
         self._engine, *_ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=_deepspeed_config(config, hardware, clips_itself=self._bare)
         )

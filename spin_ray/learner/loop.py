@@ -41,7 +41,6 @@ from spin_ray.learner.messages import (
     TrainReport,
 )
 from spin_ray.placement import Hardware
-from spin_ray.places import drop_left_build_locks
 from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
 from spin_ray.storage import Disk, readable_disk_errors
 
@@ -77,7 +76,6 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     import torch
 
     os.environ.update(args.hardware.learner_env)
-    drop_left_build_locks()
     with without_gc():
         from spin_ray.learner.engine import MainPlayer  # DeepSpeed reads the environment when it is imported
 
