@@ -31,7 +31,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file of keys and values that is no config, as plain values. Raises BadInput."""
-    return OmegaConf.to_object(_read(path))
+    try:
+        return OmegaConf.to_object(_read(path))
+    except OmegaConfBaseException as error:  # what ${...} names is not there
+        raise BadInput(f"{path}: {_one_line(error)}") from error
 
 
 def with_overrides(path: str | Path, overrides: Sequence[str]) -> str:

@@ -22,14 +22,14 @@ def draw_search(results: Sequence[dict[str, Any]], search: Search, metric: str, 
     drawn = None
     for state, mark in marks.items():
         those = [result for result in results if result["state"] == state and result["value"] is not None]
-        xs, ys = _places(those, axes, limits[0])
+        xs, ys = _places(those, search.space, axes, limits[0])
         if those:
             drawn = plot.scatter(
                 xs, ys, c=[result["value"] for result in those], marker=mark, s=110, vmin=limits[0], vmax=limits[1], cmap="viridis",
                 label=state, edgecolors="black", linewidths=0.6,
             )
     if died := [result for result in results if result["state"] == "collapsed"]:
-        plot.scatter(*_places(died, axes, limits[0]), marker="X", s=110, color="crimson", label="collapsed")
+        plot.scatter(*_places(died, search.space, axes, limits[0]), marker="X", s=110, color="crimson", label="collapsed")
     for key, scale in zip(axes, (plot.set_xscale, plot.set_yscale), strict=False):
         values = search.space[key]
         if isinstance(values, Range) and values.log:
@@ -44,12 +44,11 @@ def draw_search(results: Sequence[dict[str, Any]], search: Search, metric: str, 
     plt.close(figure)
 
 
-def _places(results: Sequence[dict[str, Any]], axes: Sequence[str], unknown: float) -> tuple[list[Any], list[Any]]:
-    """Where trials stand; with one axis the other is their value, or `unknown`."""
-    xs = [result["params"][axes[0]] for result in results]
-    if len(axes) > 1:
-        return xs, [result["params"][axes[1]] for result in results]
-    return xs, [unknown if result["value"] is None else result["value"] for result in results]
+def _places(results: Sequence[dict[str, Any]], space: dict[str, Range | list[Any]], axes: Sequence[str], unknown: float) -> tuple[Any, Any]:
+    """Where trials stand; with one axis the other is their value, or `unknown`. Choices that are not all numbers have names for places."""
+    numbers = {key: isinstance(space[key], Range) or all(type(value) in (int, float) for value in space[key]) for key in axes}
+    xs, *ys = ([value if numbers[key] else str(value) for value in (result["params"][key] for result in results)] for key in axes)
+    return xs, ys[0] if ys else [unknown if result["value"] is None else result["value"] for result in results]
 
 
 @dataclass(frozen=True)

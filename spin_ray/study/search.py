@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -28,6 +30,13 @@ class Range:
     log: bool = False
     """Whether factors count, not differences."""
 
+    def __contains__(self, value: Any) -> bool:
+        return _is_number(value, int if self.whole else (int, float)) and self.low <= value <= self.high
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -35,7 +44,7 @@ class Search:
     """Key of the config -> what it may be."""
     trials: int = 12
     metric: str = "auto"
-    """Held-out metric; auto: exact match at temperature 1 where answers can be checked, else the NLL."""
+    """Held-out metric; auto: exact match at temperature 1 where answers can be checked, else the NLL of the real answers."""
     concurrent: int = 1
     """Runs at a time."""
     seed: int = 0
@@ -46,7 +55,10 @@ class Search:
 
 
 def read_search(path: str, config: str, overrides: Sequence[str]) -> Search:
-    """Read a search, and check that a run could be started with either end of every range. Raises BadInput."""
+    """Read a search, and check that a run could be started with every choice, either end of every range, and all fixed values.
+
+    Raises BadInput.
+    """
     given = read_yaml(path)
     known = [entry.name for entry in fields(Search)]
     if unknown := [key for key in given if key not in known]:
@@ -55,31 +67,39 @@ def read_search(path: str, config: str, overrides: Sequence[str]) -> Search:
         raise BadInput(f"{path}: space must name at least one key of the config and what it may be, such as spin.lr: [1.0e-6, 1.0e-5]")
     space = {key: _values(path, key, values) for key, values in given["space"].items()}
     search = Search(**{**given, "space": space})
-    for name in ("trials", "concurrent"):
-        if not isinstance(getattr(search, name), int) or getattr(search, name) < 1:
-            raise BadInput(f"{path}: {name}={getattr(search, name)}: must be a whole number of at least 1")
-    if search.metric not in METRICS:
-        raise BadInput(f"{path}: metric={search.metric}: choose one of {', '.join(METRICS)}")
-    for values in search.fixed:
-        if set(values) != set(space):
-            raise BadInput(f"{path}: fixed: {values} must give a value to each of {', '.join(space)}")
-    for key, values in space.items():
-        for value in [values.low, values.high] if isinstance(values, Range) else values:
-            try:
-                load_config(config, [*overrides, assignment(key, value)])
-            except BadInput as error:
-                raise BadInput(f"{path}: {error}") from error
+    _check(path, search)
+    ends = [{key: value} for key, values in space.items() for value in ([values.low, values.high] if isinstance(values, Range) else values)]
+    for values in [*ends, *search.fixed]:
+        try:
+            load_config(config, [*overrides, *assignments(values)])
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from error
     return search
 
 
-def score(metrics: dict[str, float]) -> float:
-    """Of a version, more is better: the probability of the right answer, or what there is where none can be checked."""
-    return metrics.get("right_probability", -metrics["real_nll_nats_per_token"])
-
-
-def assignment(key: str, value: Any) -> str:
+def assignments(values: dict[str, Any]) -> list[str]:
     """As on the command line."""
-    return f"{key}={value}"
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _check(path: str, search: Search) -> None:
+    for name in ("trials", "concurrent"):
+        if not _is_number(getattr(search, name), int) or getattr(search, name) < 1:
+            raise BadInput(f"{path}: {name}={getattr(search, name)}: must be a whole number of at least 1")
+    if not _is_number(search.seed, int) or search.seed < 0:
+        raise BadInput(f"{path}: seed={search.seed}: must be a whole number of at least 0")
+    if not isinstance(search.prune, bool):
+        raise BadInput(f"{path}: prune={search.prune}: must be true or false")
+    if search.metric not in METRICS:
+        raise BadInput(f"{path}: metric={search.metric}: choose one of {', '.join(METRICS)}")
+    if not isinstance(search.fixed, list):
+        raise BadInput(f"{path}: fixed: give a list, one dictionary of values for each trial")
+    for values in search.fixed:
+        if not isinstance(values, dict) or set(values) != set(search.space):
+            raise BadInput(f"{path}: fixed: {values} must give a value to each of {', '.join(search.space)}")
+        for key, value in values.items():
+            if value not in search.space[key]:
+                raise BadInput(f"{path}: fixed: {key}={value} is not in the space that is searched")
 
 
 def _values(path: str, key: str, values: Any) -> Range | list[Any]:
@@ -87,7 +107,11 @@ def _values(path: str, key: str, values: Any) -> Range | list[Any]:
         return values
     if isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
         found = Range(**values)
-        numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in (found.low, found.high))
+        numbers = all(_is_number(end, (int, float)) for end in (found.low, found.high)) and isinstance(found.log, bool)
         if numbers and found.low < found.high and (not found.log or found.low > 0):
             return found
     raise BadInput(f"{path}: {key}: give a list of choices, or low and high (and log: true) with low below high; log needs low above 0")
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)

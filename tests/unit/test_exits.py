@@ -49,8 +49,8 @@ def raised(error):
 ])
 def test_every_command_s_unforeseen_error_is_one_line_and_a_file(fails, says, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for command in ("run", "sft", "eval", "config"):
-        monkeypatch.setitem(COMMANDS, command, (fails, ""))
+    for command in ("run", "sft", "eval", "config", "probe", "study"):
+        monkeypatch.setitem(COMMANDS, command, COMMANDS[command]._replace(work=fails))
         assert main([command, DEMO]) == 1
         printed = capsys.readouterr()
         assert printed.err.startswith("spin-ray: ") and printed.err.count("\n") == 1 and says in printed.err and not printed.out
@@ -61,7 +61,7 @@ def test_every_command_s_unforeseen_error_is_one_line_and_a_file(fails, says, ca
 
 def test_the_place_is_our_innermost_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setitem(COMMANDS, "run", (lambda *_: flatten(3), ""))
+    monkeypatch.setitem(COMMANDS, "run", COMMANDS["run"]._replace(work=lambda *_: flatten(3)))
     main(["run", DEMO])
     assert re.search(r"\(spin_ray/config/values\.py:\d+, in the driver\)", capsys.readouterr().err)
 
@@ -71,7 +71,7 @@ def test_in_a_run_the_traceback_is_in_the_run_s_log(tmp_path, monkeypatch, capfd
         with captured_output(tmp_path / "logs/driver.log"):
             flatten(3)
 
-    monkeypatch.setitem(COMMANDS, "run", (fails, ""))
+    monkeypatch.setitem(COMMANDS, "run", COMMANDS["run"]._replace(work=fails))
     assert main(["run", DEMO]) == 1
     assert f"traceback in {tmp_path}/logs/driver.log" in capfd.readouterr().err
     assert (tmp_path / "logs/driver.log").read_text().count("Traceback (most recent call last)") == 1

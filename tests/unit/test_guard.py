@@ -160,10 +160,10 @@ def test_an_actor_s_error_reaches_the_terminal_without_ray_s_traceback(capsys, m
     raised = ray.exceptions.RayTaskError("score", "Traceback\n  File pool.py\n", EngineFailed("sampler 0: died; see logs")).as_instanceof_cause()
     assert isinstance(raised, EngineFailed) and "Traceback" in str(raised)
 
-    def fails(config, origin):
+    def fails(_):
         raise raised
 
-    monkeypatch.setitem(COMMANDS, "run", (fails, ""))
+    monkeypatch.setitem(COMMANDS, "run", COMMANDS["run"]._replace(work=fails))
     assert main(["run", str(Path(__file__).parents[2] / "conf/demo.yaml")]) == 1
     assert capsys.readouterr().err == "spin-ray: sampler 0: died; see logs\n"
 

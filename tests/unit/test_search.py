@@ -48,6 +48,17 @@ def test_choices_ranges_and_fixed_values(tmp_path):
     ("space: {spin.lr: [1.0e-5]}\nmetric: bleu\n", "metric=bleu: choose one of auto"),
     ("space: {spin.lr: [1.0e-5]}\nfixed: [{spin.beta: 1}]\n", "must give a value to each of spin.lr"),
     ("- a\n", "this one holds a list"),
+    ("space: {spin.lr: [1.0e-5]}\nfixed: 3\n", "fixed: give a list"),
+    ("space: {spin.lr: [1.0e-5]}\nfixed: [3]\n", "must give a value to each of spin.lr"),
+    ("space: {spin.lr: [1.0e-5]}\nfixed: [{spin.lr: 1.0e-4}]\n", "fixed: spin.lr=0.0001 is not in the space"),
+    ("space: {spin.num_epochs: {low: 1, high: 3}}\nfixed: [{spin.num_epochs: 1.5}]\n", "fixed: spin.num_epochs=1.5 is not in the space"),
+    ("space: {spin.lr: [1.0e-5]}\nseed: x\n", "seed=x: must be a whole number"),
+    ("space: {spin.lr: [1.0e-5]}\nprune: 1\n", "prune=1: must be true or false"),
+    ("space: {spin.lr: ['${nothing}']}\n", "nothing"),
+    ("space: {spin.lr: [null]}\n", "spin.lr"),
+    ("space: {spin.lr: {low: 1.0e-5, high: .inf}}\n", "give a list of choices"),
+    ("space: {overlap.mode: [stream, lookahead], reference.scorer: [opponent, learner]}\n"
+     "fixed: [{overlap.mode: lookahead, reference.scorer: learner}]\n", "lookahead does not go with"),
 ])
 def test_what_is_no_search_is_refused_in_one_line(tmp_path, text, says):
     with pytest.raises(BadInput) as caught:
@@ -77,6 +88,7 @@ def test_the_table_has_every_trial():
 
 @pytest.mark.parametrize("space", [
     {"spin.lr": Range(1e-5, 1e-1, log=True), "spin.beta": Range(0.01, 2)}, {"spin.lr": Range(1e-5, 1e-1)}, {"spin.lr": [1e-5, 1e-2]},
+    {"spin.beta": [[0.1, 1.0], None, 0.1]}, {"spin.lr": Range(1e-5, 1e-1), "spin.beta": [True, 0.1]},
 ])
 def test_the_picture_is_drawn_whatever_was_searched(tmp_path, space):
     draw_search([vars(result) for result in RESULTS], Search(space), "exact_match_t1_share", tmp_path / "a.png")
