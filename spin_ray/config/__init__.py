@@ -16,10 +16,10 @@ from spin_ray.config.sampler import SamplerConfig
 from spin_ray.config.schema import Config, check
 from spin_ray.config.spin import DpoConfig, PairLossConfig, SftConfig, SpinConfig
 from spin_ray.config.tracking import TrackingConfig, WandbConfig
-from spin_ray.config.values import differences, flatten, to_json
+from spin_ray.config.values import changes_result, differences, flatten, to_json
 
 __all__ = [
     "AuditConfig", "Config", "DataConfig", "DpoConfig", "GuardConfig", "LearnerConfig", "ModelConfig", "OverlapConfig", "PairLossConfig",
     "ReferenceConfig", "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig", "WandbConfig",
-    "at", "check", "differences", "flatten", "load_config", "read_yaml", "to_json", "with_overrides",
+    "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml", "to_json", "with_overrides",
 ]

@@ -19,6 +19,12 @@ RESUME_MAY_CHANGE = (
 """Keys that say where and on what a run is computed, how it is followed, kept and given up: not what it computes, but for float noise.
 Not among them: what DeepSpeed's checkpoints are cut by (learner.num_workers, zero_stage, offload_optimizer)."""
 
+
+def changes_result(key: str) -> bool:
+    """Whether a run with another value of this key computes something else."""
+    return not key.startswith(RESUME_MAY_CHANGE)
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value, in the order of the dataclasses."""
     flat = {}
@@ -31,7 +37,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def differences(config: Config, saved: dict[str, Any]) -> list[str]:
     """What a run directory's config.json says otherwise: one "key: saved -> present" per key that changes the result."""
     now, then = flatten(config), _flatten_dict(saved)
-    keys = [key for key in sorted(now.keys() | then.keys()) if not key.startswith(RESUME_MAY_CHANGE)]
+    keys = [key for key in sorted(now.keys() | then.keys()) if changes_result(key)]
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if now.get(key) != then.get(key)]
 
 

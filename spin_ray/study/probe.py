@@ -47,8 +47,11 @@ NUM_EPOCHS = 2
 LR_FACTORS, BETA_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 1.0, 10.0)
 SAFE_NLL_RISE, COLLAPSE_NLL_RISE = 0.05, 0.5
 """Held-out NLL of the real answers, in nats per token: up to here nothing is lost; from here the model is."""
-VISIBLE = 2.0
-"""Standard errors by which the advantage must exceed chance to count as one."""
+VISIBLE = 2.7
+"""Standard errors by which the advantage must exceed chance to count as one; in 19 of 20 probes no try of 15 does by luck."""
+START, REPORT = "start", "probe.json"
+"""In the probe's folder: the weights that every try begins with, and what was found."""
+HARMFUL = ("log p(y) falls", "collapses")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,12 @@ class Try:
             return "collapses"
         if self.nll_change_nats_per_token > SAFE_NLL_RISE:
             return "log p(y) falls"
-        return "learns" if self.advantage_accuracy - VISIBLE * self.advantage_accuracy_se > 0.5 else "too weak"
+        return "learns" if self.told_apart else "too weak"
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the trained model tells held-out real answers from the opponent's."""
+        return self.advantage_accuracy - VISIBLE * self.advantage_accuracy_se > 0.5
 
 
 def probe(config_path: str, overrides: Sequence[str]) -> None:
@@ -86,6 +94,8 @@ def probe(config_path: str, overrides: Sequence[str]) -> None:
     small = dataclasses.replace(config, run=dataclasses.replace(config.run, name=f"{config.run.name}-probe"), data=data)
     run = RunDir.open(small)
     with run.locked(), captured_output(run.logs / "driver.log") as to_user:
+        for left in ("manifest.jsonl", run.prepared().name, START, REPORT):  # by a probe of data that may have changed
+            run.storage.remove(run.path / left)
         _probe(config, small, run, Terminal(to_user))
 
 
@@ -95,7 +105,7 @@ def _probe(config: Config, small: Config, run: RunDir, terminal: Terminal) -> No
     facts, proof = inspect_model(small), Proof()
     proof.end(small, facts, terminal.say)
     prepared = prepare(small, run, facts, proof, terminal)
-    prompts, heldout = _parts(prepared)
+    prompts, heldout = _parts(prepared, config)
     num_prompts = _num_prompts(config, run)
     steps = config.num_steps(num_prompts, at(config.spin, 0).num_epochs)
     max_model_len = longest_sequence(prompts + heldout, small.sampler.max_new_tokens, facts)
@@ -111,15 +121,19 @@ def _probe(config: Config, small: Config, run: RunDir, terminal: Terminal) -> No
             terminal.say(f"{len(pairs)} answers in {play_s:.0f} s; trying {len(LR_FACTORS) * len(BETA_FACTORS)} settings")
             tries, rate, memory = _tries(players.learner, run, method, small, train, held, steps, terminal)
     report = {
-        "signs": signs(train, held), "tries": [{**asdict(one), "verdict": one.verdict} for one in tries],
+        "signs": signs(train, held), "tries": [{**asdict(one), "told_apart": one.told_apart, "verdict": one.verdict} for one in tries],
         "prompts_per_s": len(pairs) / play_s, "pairs_per_s": rate, "peak_memory_gib": memory,
     }
-    (run.path / "probe.json").write_text(json.dumps(report, indent=2) + "\n")
+    with run.storage.written(run.path / REPORT) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
     for line in in_words(report, config, num_prompts, time.monotonic() - begun):
         terminal.say(line)
 
 
-def _parts(prepared: Prepared) -> tuple[list, list]:
+def _parts(prepared: Prepared, config: Config) -> tuple[list, list]:
+    """Prompts to train on and to measure on."""
+    if len(prepared.train) < 2 and not prepared.heldout:
+        raise BadInput(f"{config.data.train}: one prompt; a probe trains on some and measures on others: give more, or data.eval")
     if prepared.heldout:
         return prepared.train[:NUM_TRAIN], prepared.heldout[:NUM_HELDOUT]
     kept = max(1, round(len(prepared.train) * NUM_TRAIN / (NUM_TRAIN + NUM_HELDOUT)))
@@ -155,8 +169,8 @@ def _tries(
     learner: Learner, run: RunDir, method: Method, small: Config, train: Sequence[Pair], held: Sequence[Pair], steps: int,
     terminal: Terminal,
 ) -> tuple[list[Try], float, float]:
-    """All points of the grid, and what the learner's step takes: pairs per second and peak GiB."""
-    start = run.path / "start"
+    """All points of the grid, and what the learner's step takes: pairs per second (0 if no try made one) and peak GiB."""
+    start = run.path / START
     learner.run(Save(None, str(start)))
     run.storage.commit(start)
     learner.put_block(0, 0, to_table(list(train), PAIR_SCHEMA))
@@ -174,11 +188,12 @@ def _tries(
             last = [record.metrics for record in learner.drain() if isinstance(record, StepRecord)]
             logps = learner.run(Score(tuple(held)))
             found.append(_measured(lr * factor, tried, held, logps, last, report.num_steps < own))
-            rates.append(report.num_pairs / report.wall_s)
+            rates += [report.num_pairs / report.wall_s] if report.num_pairs else []
             memory = max(memory, report.peak_memory_gib)
             terminal.status(f"{len(found)} of {len(LR_FACTORS) * len(BETA_FACTORS)} settings tried")
     terminal.status("")
-    return found, float(np.median(rates)), memory
+    run.storage.remove(start)
+    return found, float(np.median(rates)) if rates else 0.0, memory
 
 
 def raised(own: int, steps: int) -> float:
@@ -232,7 +247,6 @@ def signs(train: Sequence[Pair], held: Sequence[Pair]) -> dict[str, float]:
 def in_words(report: dict[str, Any], config: Config, num_prompts: int, seconds: float) -> list[str]:
     """The report for the user."""
     found, tries = report["signs"], report["tries"]
-    learning = [one for one in tries if one["verdict"] == "learns"]
     best = max(tries, key=lambda one: (one["verdict"] == "learns", one["advantage_accuracy"]))
     lines = [
         "Can the players be told apart?",
@@ -247,28 +261,49 @@ def in_words(report: dict[str, Any], config: Config, num_prompts: int, seconds: 
         f"  {one['lr']:>9.2g} {one['beta']:>7.2g} {one['advantage_accuracy']:>11.2f} {one['nll_change_nats_per_token']:>+11.3f} "
         f"{one['kl_nats_per_token']:>9.3f}  {one['verdict']}" for one in tries
     ]
-    lines.append(f"  {_advice(config, tries, learning)}")
+    lines.append(f"  {_advice(config, tries)}")
     spin = at(config.spin, 0)
-    play_s, train_s = num_prompts / report["prompts_per_s"], num_prompts * spin.num_epochs / report["pairs_per_s"]
+    play, train = num_prompts / report["prompts_per_s"], report["pairs_per_s"] and num_prompts * spin.num_epochs / report["pairs_per_s"]
     replayed = f", up to {1 + config.spin.replay} times that from iteration 1 on" if config.spin.replay else ""
+    training = f"{_duration(train)} of training{replayed}" if train else "training that did not get as far as one step"
     lines += [
         "What does an iteration cost?",
-        f"  {num_prompts} prompts: {_duration(play_s)} of play beside {_duration(train_s)} of training{replayed}; the learner's peak is "
+        f"  {num_prompts} prompts: {_duration(play)} of play beside {training}; the learner's peak is "
         f"{report['peak_memory_gib']:.1f} GiB a worker.",
         f"(probed in {_duration(seconds)})",
     ]
     return lines
 
 
-def _advice(config: Config, tries: Sequence[dict[str, Any]], learning: Sequence[dict[str, Any]]) -> str:
-    own = next(one for one in tries if np.isclose(one["lr"], at(config.spin, 0).lr) and np.isclose(one["beta"], at(config.spin, 0).beta))
+def _advice(config: Config, tries: Sequence[dict[str, Any]]) -> str:
+    spin = at(config.spin, 0)
+    own = min(tries, key=lambda one: abs(math.log(one["lr"] / spin.lr)) + abs(math.log(one["beta"] / spin.beta)))
     yours = f"The config's own lr {own['lr']:.2g} and beta {own['beta']:.2g}: {own['verdict']}."
-    if not learning:
+    safe = {beta: _safe([one for one in tries if one["beta"] == beta]) for beta in sorted({one["beta"] for one in tries})}
+    if learning := [one for those in safe.values() for one in those]:
+        best = max(learning, key=lambda one: one["advantage_accuracy"] - one["nll_change_nats_per_token"])
+        at_beta = [f"with beta {beta:.2g} {_range(those)}" for beta, those in safe.items() if those]
+        return f"{yours} Safe here: {'; '.join(at_beta)}. The best of them: lr {best['lr']:.2g} with beta {best['beta']:.2g}."
+    if any(one["told_apart"] for one in tries):
         return f"{yours} No setting here learns without harm; spin.nll_weight holds log p(y) up."
-    best = max(learning, key=lambda one: one["advantage_accuracy"] - one["nll_change_nats_per_token"])
-    rates = sorted({one["lr"] for one in learning})
-    top = f"lr {best['lr']:.2g} with beta {best['beta']:.2g}"
-    return f"{yours} Safe here: lr from {rates[0]:.2g} to {rates[-1]:.2g}; the best of them {top}."
+    if all(one["verdict"] == "too weak" for one in tries):
+        return f"{yours} No setting here does harm, and none learns: try higher rates; if they do not learn, nothing is left to learn."
+    return f"{yours} No setting here tells real answers from the opponent's, not even one that ruins the model: is there anything to learn?"
+
+
+def _safe(tries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of one beta: the tries that learn at a rate below the first that does harm."""
+    found = []
+    for one in sorted(tries, key=lambda one: one["lr"]):
+        if one["verdict"] in HARMFUL:
+            break
+        found += [one] if one["verdict"] == "learns" else []
+    return found
+
+
+def _range(tries: Sequence[dict[str, Any]]) -> str:
+    low, high = tries[0]["lr"], tries[-1]["lr"]
+    return f"lr {low:.2g}" if low == high else f"lr from {low:.2g} to {high:.2g}"
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,6 @@ from spin_ray.heldout import standard_error
 from spin_ray.study.arms import Arm, Part
 from spin_ray.study.lines import Line, Lines
 from spin_ray.study.picture import Curve, draw_curves, draw_grid
-from spin_ray.study.search import score
 
 COLUMNS = (
     ("right_probability", "right at T=1", 3), ("exact_match_greedy_share", "right, greedy", 3), ("human_similarity", "like human ones", 3),
@@ -43,10 +42,10 @@ class Value:
         return f"{self.mean:.{digits}f}" + (f" ± {self.error:.{digits}f}" if np.isfinite(self.error) else "")
 
 
-def report(part: Part, arms: Mapping[str, Arm], lines: Lines, out: Path, settings: tuple[str, ...] = ()) -> str:
+def report(part: Part, arms: Mapping[str, Arm], lines: Lines, out: Path, settings: tuple[str, ...]) -> str:
     """Draw the part's picture into `out`, put its table into the document beside it, and return it.
 
-    `settings`: what every run of the study had on the command line; runs with others belong to another study in the same file.
+    `settings`: what changes the results on the study's command line; runs with others belong to another study in the same file.
     """
     find = partial(_lines_of, arms, lines, settings)
     table = {"curve": _curve_table, "grid": _grid_table, "forecast": _forecast_table}[part.kind](part, arms, find)
@@ -97,7 +96,7 @@ def _cells(versions: Sequence[Mapping[str, float]], shown: Iterable[tuple[str, s
 
 def _grid_table(part: Part, arms: Mapping[str, Arm], find: Find) -> str:
     points = arms[part.arms[0]].points
-    starts = [score(line.versions[0]) for name in part.arms for line in find(name) if 0 in line.versions]
+    starts = [line.score(0) for name in part.arms for line in find(name) if 0 in line.versions]
     start = f" (theta_0: {Value.of(starts).shown(3)})" if starts else ""
     rows = [[f"right at T=1{start}", *(_in_words(point) for point in points)]]
     for name in part.arms:
@@ -133,8 +132,8 @@ def _cell(those: Sequence[Line]) -> str:
     told = [line for line in those if len(line.versions) > 1]
     if not told:
         return f"collapsed {collapsed}/{len(those)}"
-    right = Value.of([score(line.versions[max(line.versions)]) for line in told])
-    nll = np.mean([_nll(line, max(line.versions)) - _nll(line, 0) for line in told])
+    right = Value.of([line.score(line.last) for line in told])
+    nll = np.mean([_nll(line, line.last) - _nll(line, 0) for line in told])
     return f"{right.shown(3)}; NLL {nll:+.2f}" + (f"; **collapsed {collapsed}/{len(those)}**" if collapsed else "")
 
 
@@ -170,7 +169,7 @@ def _draw_grid(part: Part, arms: Mapping[str, Arm], find: Find, path: Path) -> N
 
 def _mean_gain(those: Sequence[Line]) -> float:
     """Right answers won per prompt since theta_0; not a number where there are none to compare."""
-    gains = [score(line.versions[max(line.versions)]) - score(line.versions[0]) for line in those if len(line.versions) > 1]
+    gains = [line.score(line.last) - line.score(0) for line in those if len(line.versions) > 1]
     return float(np.mean(gains)) if gains else float("nan")
 
 

@@ -3,6 +3,7 @@
 | what | where |
 |---|---|
 | a line for every finished run: the truth | docs/study/runs.jsonl |
+| what the config files came to when the first of them was run | docs/study/configs.json |
 | a part's table, between its two marks, and picture, drawn from the lines | docs/study.md, docs/study/PART.png |
 | runs that are not finished, logs, data | runs/study/ |
 
@@ -22,18 +23,18 @@ from threading import Lock
 
 import numpy as np
 
-from spin_ray.config import Config, load_config
+from spin_ray.config import Config, changes_result, load_config
 from spin_ray.errors import BadInput
 from spin_ray.exchange.pairs import read_pairs
 from spin_ray.lock import held
 from spin_ray.manifest import RunDir
+from spin_ray.places import check_run_folder
 from spin_ray.records import Pair, from_table
 from spin_ray.storage import DISK
 from spin_ray.study.arms import ARMS, PARTS, RATES, Arm, Part
-from spin_ray.study.lines import FINAL, SEARCH, Line, Lines, Trial
+from spin_ray.study.lines import FINAL, SEARCH, Line, Lines, Trial, refuse_other_config
 from spin_ray.study.made import make_data
 from spin_ray.study.report import report
-from spin_ray.study.search import score
 from spin_ray.study.trials import Outcome, collapsed, play, refuse_to_begin, refuse_unfinished, side_by_side
 
 
@@ -56,18 +57,25 @@ def run_study(words: Sequence[str], out: Path, size: Size) -> None:
     for name, value in (("--seeds", size.seeds), ("--concurrent", size.concurrent)):
         if value < 1:
             raise BadInput(f"{name} {value}: must be at least 1")
-    parts = [PARTS[name] for name in names]
+    parts, out = [PARTS[name] for name in names], out.resolve()
     config, _ = load_config(ARMS["spin"].config, settings)
     if config.on_object_store:
         raise BadInput(f"run.dir={config.run.dir}: a study lies on a disk; its runs would be watched there")
-    folder = config.run.path.with_name("study")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_run_folder(config)
     out.mkdir(parents=True, exist_ok=True)
-    with held(DISK, folder / "lock"):
-        study = Study(Lines(out / "runs.jsonl"), folder, settings, size)
+    arms = [ARMS[name] for part in parts for name in part.arms]
+    for file in dict.fromkeys(arm.config for arm in arms):
+        refuse_other_config(out / "configs.json", file)
+    for arm in arms:
+        if arm.judged:
+            from spin_ray.study.judge import encoder_beside  # not at the top: it loads transformers
+
+            encoder_beside(load_config(arm.config, settings)[0].data.eval)
+    with held(DISK, config.run_path / "lock"):
+        study = Study(Lines(out / "runs.jsonl"), config.run_path, settings, size)
         for part in parts:
             study.run(part)
-            print(report(part, ARMS, study.lines, out, settings), flush=True)
+            print(report(part, ARMS, study.lines, out, study.counted), flush=True)
 
 
 def measure(arm: Arm, run: RunDir, version: int) -> dict[str, float]:
@@ -77,7 +85,7 @@ def measure(arm: Arm, run: RunDir, version: int) -> dict[str, float]:
     drawing one answer, without the noise of the draw. Where other answers are as good there is a judge instead.
     """
     if arm.judged:
-        from spin_ray.study.judge import judged  # not at the top: it loads transformers
+        from spin_ray.study.judge import judged
 
         return judged(run, version)
     pairs = from_table(read_pairs(run.heldout_answers(version), run.storage), Pair)
@@ -90,7 +98,7 @@ class Study:
     folder: Path
     """Of its runs."""
     settings: tuple[str, ...]
-    """Of the command line, for every run."""
+    """Of the command line, for every run: key=value."""
     size: Size
     arms: dict[str, Arm] = field(default_factory=lambda: ARMS)
     play: Callable[..., Outcome] = play
@@ -102,6 +110,11 @@ class Study:
         self._files = make_data(self.folder / "data")
         self._searches = {name: Lock() for name in self.arms}
 
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The settings that change results; the others may change from one session to the next."""
+        return tuple(setting for setting in self.settings if changes_result(setting.partition("=")[0]))
+
     def run(self, part: Part) -> None:
         """All runs of the part's arms that have no line yet."""
         side_by_side(self._arm, [self.arms[name] for name in part.arms], self.size.concurrent)
@@ -112,7 +125,7 @@ class Study:
         rate = self._rate(arm)
         for point in arm.points:
             for seed in range(self.size.seeds):
-                self._trial(arm, FINAL, (*arm.settings, *self.settings, *point, *rate), seed)
+                self._trial(arm, FINAL, (*arm.settings, *self.counted, *point, *rate), seed)
 
     def _rate(self, arm: Arm) -> tuple[str, ...]:
         """The setting that the search found; none for an arm whose rates are given."""
@@ -132,9 +145,9 @@ class Study:
         while True:
             for place in range(low, high + 1):
                 if place not in scores:
-                    settings = (*arm.settings, *arm.searched_with, *self.settings, f"{arm.rate}={rates[place]:g}")
+                    settings = (*arm.settings, *arm.searched_with, *self.counted, f"{arm.rate}={rates[place]:g}")
                     line = self._trial(arm, SEARCH, settings, seed=0)
-                    value = float("nan") if line.state == "collapsed" else score(line.versions[max(line.versions)])
+                    value = float("nan") if line.state == "collapsed" else line.score(line.last)
                     scores[place] = value if np.isfinite(value) else float("-inf")
             best = max(scores, key=lambda place: (scores[place], -place))
             if best == low > 0:
@@ -155,7 +168,7 @@ class Study:
             more.append(f"data.eval={self._files['search']}")
         if arm.data:
             more.append(f"data.train={self._files[arm.data]}")
-        overrides = [*settings, *more]
+        overrides = [*settings, *self.settings, *more]
         print(f"{arm.name} ({stage}): {' '.join(settings)} seed {seed}", flush=True)
         log = self.folder / "logs" / f"{name}.log"
         outcome = self.play(arm.config, overrides, log)
@@ -166,10 +179,10 @@ class Study:
         return line
 
     def _probe(self, arm: Arm) -> None:
-        trial = Trial(arm.name, FINAL, (*arm.settings, *self.settings), seed=0)
+        trial = Trial(arm.name, FINAL, (*arm.settings, *self.counted), seed=0)
         if self.lines.of(trial):
             return
-        overrides = [*trial.settings, f"run.dir={self.folder / 'runs'}", f"run.name={arm.name}"]
+        overrides = [*trial.settings, *self.settings, f"run.dir={self.folder / 'runs'}", f"run.name={arm.name}"]
         log = self.folder / "logs" / f"{arm.name}.log"
         outcome = self.play(arm.config, overrides, log, command="probe")
         run = RunDir(self.folder / "runs" / f"{arm.name}-probe")

@@ -17,7 +17,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -218,7 +217,7 @@ class _Search:
         before = json.loads(path.read_text())
         changed = [f"{key}: {before['search'][key]} -> {value}" for key, value in saved["search"].items() if before["search"][key] != value]
         if changed := [*changed, *differences(self._config, before["config"])]:
-            raise BadInput(f"{self._folder}: a search that was begun otherwise ({'; '.join(changed)}); choose another run.name, or delete it")
+            raise BadInput(f"{self._folder}: a search begun otherwise ({'; '.join(changed)}); choose another run.name or delete it")
 
 
 def _distribution(values: Range | list[Any]) -> BaseDistribution:

@@ -7,7 +7,8 @@ import pytest
 
 from spin_ray.config import load_config
 from spin_ray.errors import BadInput
-from spin_ray.study.probe import Try, in_words, probe, raised, signs
+from spin_ray.prepared import Prepared
+from spin_ray.study.probe import Try, _parts, in_words, probe, raised, signs
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def tried(lr=3e-4, beta=0.1, accuracy=0.7, change=0.0, diverged=False):
 
 
 @pytest.mark.parametrize("one, verdict", [
-    (tried(), "learns"), (tried(accuracy=0.55), "too weak"), (tried(change=0.2), "log p(y) falls"), (tried(change=2.0), "collapses"),
+    (tried(), "learns"), (tried(accuracy=0.6), "too weak"), (tried(accuracy=0.55), "too weak"), (tried(change=0.2), "log p(y) falls"), (tried(change=2.0), "collapses"),
     (tried(change=float("nan")), "collapses"), (tried(diverged=True), "collapses"),
 ])
 def test_verdicts(one, verdict):
@@ -68,7 +69,7 @@ def words(*tries):
     config, _ = load_config("conf/demo.yaml", ["spin.lr=3e-4"])
     found = {"length": 0.5, "ending": 0.5, "words": 0.6, "likelihood": 0.4, "real_tokens": 8.0, "generated_tokens": 9.0, "same_as_real_share": 0.3}
     report = {
-        "signs": found, "tries": [{**dataclasses.asdict(one), "verdict": one.verdict} for one in tries], "prompts_per_s": 100.0, "pairs_per_s": 50.0,
+        "signs": found, "tries": [{**dataclasses.asdict(one), "told_apart": one.told_apart, "verdict": one.verdict} for one in tries], "prompts_per_s": 100.0, "pairs_per_s": 50.0,
         "peak_memory_gib": 0.7,
     }
     return "\n".join(in_words(report, config, 3200, 61.0))
@@ -76,10 +77,37 @@ def words(*tries):
 
 def test_the_words_name_what_is_safe_and_what_it_costs():
     text = words(tried(), tried(lr=9e-4, accuracy=0.8), tried(lr=3e-3, change=1.0))
-    assert "Safe here: lr from 0.0003 to 0.0009; the best of them lr 0.0009 with beta 0.1." in text
+    assert "Safe here: with beta 0.1 lr from 0.0003 to 0.0009. The best of them: lr 0.0009 with beta 0.1." in text
     assert "The config's own lr 0.0003 and beta 0.1: learns." in text and "collapses" in text
     assert "3200 prompts: 32 s of play beside 64 s of training, up to 2 times that" in text
-    assert "No setting here learns without harm" in words(tried(change=1.0), tried(lr=9e-4, change=2.0))
+
+
+@pytest.mark.parametrize("tries, says", [
+    ([tried(lr=1e-4), tried(), tried(lr=9e-4, change=0.2), tried(lr=3e-3)], "Safe here: with beta 0.1 lr from 0.0001 to 0.0003. "),
+    ([tried(lr=1e-4), tried(accuracy=0.5), tried(lr=9e-4), tried(lr=3e-3, change=1.0)], "Safe here: with beta 0.1 lr from 0.0001 to 0.0009. "),
+    ([tried(), tried(beta=1.0, change=0.2), tried(lr=9e-4, change=0.2), tried(lr=9e-4, beta=1.0)], "Safe here: with beta 0.1 lr 0.0003. "),
+    ([tried(beta=0.01, lr=1e-3), tried(accuracy=0.5), tried(beta=1.0)], "Safe here: with beta 0.01 lr 0.001; with beta 1 lr 0.0003. "),
+    ([tried(change=1.0), tried(lr=9e-4, change=2.0)], "No setting here learns without harm"),
+    ([tried(accuracy=0.5), tried(lr=9e-4, accuracy=0.55)], "No setting here does harm, and none learns"),
+    ([tried(accuracy=0.5), tried(lr=9e-4, accuracy=0.5, change=2.0)], "not even one that ruins the model"),
+])
+def test_what_is_safe_lies_below_the_first_rate_that_does_harm_each_beta_by_itself(tries, says):
+    assert says in words(*tries)
+
+
+def test_a_grid_whose_every_try_diverges_still_has_a_report(monkeypatch):
+    config, _ = load_config("conf/demo.yaml", [])
+    found = {"length": 0.5, "ending": 0.5, "words": 0.6, "likelihood": 0.4, "real_tokens": 8.0, "generated_tokens": 9.0, "same_as_real_share": 0.3}
+    one = tried(accuracy=0.0, change=float("nan"), diverged=True)
+    tries = [{**dataclasses.asdict(one), "told_apart": one.told_apart, "verdict": one.verdict}]
+    text = "\n".join(in_words({"signs": found, "tries": tries, "prompts_per_s": 9.0, "pairs_per_s": 0.0, "peak_memory_gib": 0.7}, config, 3, 1.0))
+    assert "training that did not get as far as one step" in text
+
+
+def test_one_prompt_is_not_enough():
+    config, _ = load_config("conf/demo.yaml", [])
+    with pytest.raises(BadInput, match="one prompt; a probe trains on some"):
+        _parts(Prepared(train=[1], heldout=[], block_sizes=[1]), config)
 
 
 def test_only_self_play_is_probed():

@@ -1,8 +1,10 @@
-"""Rows from human dialogues: consecutive texts of a speaker are one turn, the fourth turn is the answer, nothing is in both files."""
+"""Rows from human dialogues: consecutive texts of a speaker are one turn, the fourth turn is the answer, nothing is in both files or half."""
 
 import json
 
-from spin_ray.demo.real import NUM_HELDOUT, _row, _turns, _write_rows
+import pytest
+
+from spin_ray.demo.real import NUM_HELDOUT, _make, _row, _turns, _write_rows
 
 
 def dialogue(*turns):
@@ -34,3 +36,17 @@ def test_no_dialogue_is_in_both_files(tmp_path):
     train, heldout = ([json.loads(line)["messages"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "heldout"))
     asked = [{str(messages[:-1]) for messages in rows} for rows in (train, heldout)]
     assert len(heldout) == NUM_HELDOUT and len(train) == len(asked[0]) and not asked[0] & asked[1] and len(asked[0] | asked[1]) == 700
+
+
+def test_what_was_interrupted_is_made_anew_and_what_is_whole_is_left(tmp_path):
+    def half(folder):
+        folder.mkdir()
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _make(tmp_path / "minilm", half)
+    assert not (tmp_path / "minilm").exists()
+    _make(tmp_path / "minilm", lambda folder: folder.mkdir())
+    assert (tmp_path / "minilm").is_dir() and not list((tmp_path / "minilm").iterdir())
+    _make(tmp_path / "minilm", half)

@@ -16,7 +16,7 @@ from spin_ray.interrupt import Interrupted
 from spin_ray.manifest import RunDir
 from spin_ray.study import trials
 from spin_ray.study.arms import ARMS, PARTS, RATES, Arm, Part
-from spin_ray.study.lines import Line, Lines, Trial
+from spin_ray.study.lines import Line, Lines, Trial, refuse_other_config
 from spin_ray.study.made import make_data
 from spin_ray.study.report import report
 from spin_ray.study.study import Size, Study, run_study
@@ -84,6 +84,37 @@ def test_what_has_a_line_is_not_run_again_and_other_settings_are_other_runs(tmp_
     study(tmp_path, other, "data.max_prompts=100").run(part)
     assert len(other.played) == 12 and all(config.data.max_prompts == 100 for config in other.played)
     assert all(json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
+
+
+def test_what_changes_no_result_may_change_from_one_session_to_the_next(tmp_path):
+    part, again = Part("a", "?", ("tuned", "grid")), Runs()
+    study(tmp_path, Runs(), "spin.beta=0.2").run(part)
+    made = study(tmp_path, again, "learner.pack_tokens=4096", "spin.beta=0.2", f"run.dir={tmp_path}")
+    made.run(part)
+    assert not again.played and made.counted == ("spin.beta=0.2",)
+    assert "0.0003" in report(part, MADE, made.lines, tmp_path, made.counted)
+
+
+def test_a_config_file_that_has_changed_since_is_refused(tmp_path):
+    file, kept = tmp_path / "mine.yaml", tmp_path / "configs.json"
+    text = "model: {path: demo:sft}\ndata: {train: demo:train}\n"
+    file.write_text(text)
+    refuse_other_config(kept, str(file))
+    file.write_text(text + "spin: {beta: 0.1}\nrun: {dir: elsewhere}\n")  # what it was, and where
+    refuse_other_config(kept, str(file))
+    before = json.loads(kept.read_text())
+    del before[str(file)]["spin.loss"]  # the key is younger than the study
+    kept.write_text(json.dumps(before))
+    refuse_other_config(kept, str(file))
+    assert json.loads(kept.read_text())[str(file)]["spin.loss"] == "logistic"
+    file.write_text(text + "spin: {beta: 0.3}\n")
+    with pytest.raises(BadInput, match=r"mine\.yaml: spin\.beta was 0\.1 and is 0\.3 since .*runs\.jsonl was begun"):
+        refuse_other_config(kept, str(file))
+
+
+def test_a_judged_part_needs_its_encoder_before_the_first_run(tmp_path):
+    with pytest.raises(BadInput, match=r"minilm: no such folder; .*spin_ray\.demo\.real. makes it"):
+        run_study(["real", f"run.dir={tmp_path}", f"data.eval={tmp_path}/heldout.jsonl"], tmp_path / "out", Size())
 
 
 def test_a_rate_that_collapses_is_not_the_best(tmp_path):
@@ -175,7 +206,7 @@ def test_tables_and_pictures_come_from_the_lines(tmp_path):
     made = Study(lines, tmp_path / "study", (), Size(seeds=2), MADE, runs, measure)
     curve, grid = Part("a", "Which?", ("tuned", "taker")), Part("b", "Where?", ("grid",), kind="grid")
     made.run(curve), made.run(grid)
-    table = report(curve, MADE, lines, out).splitlines()
+    table = report(curve, MADE, lines, out, ()).splitlines()
     assert table[0] == "|  | lr | steps | right at T=1 | NLL of y | training, min | seeds |"
     assert table[2].startswith("| theta_0 |  | 0 | 0.400 ± 0.000 |")
     assert table[3:6] == [
@@ -183,19 +214,19 @@ def test_tables_and_pictures_come_from_the_lines(tmp_path):
         "| an arm, theta_2 | 0.0003 | 150 | 0.601 ± 0.001 | 0.500 ± 0.000 | 0.2 | 2 |",
         "| another | 0.0003 | 50 | 0.500 ± 0.001 | 0.500 ± 0.000 | 0.1 | 2 |",
     ]
-    table = report(grid, MADE, lines, out).splitlines()
+    table = report(grid, MADE, lines, out, ()).splitlines()
     assert table[0] == "| right at T=1 (theta_0: 0.400 ± 0.000) | lr 0.001 | lr 0.01 |"
     assert table[2] == "| a grid | 0.491 ± 0.001; NLL +0.00 | 0.000 ± 0.000; NLL +0.00; **collapsed 2/2** |"
     document = (tmp_path / "docs/study.md").read_text()
     assert document.startswith("# Mine\n<!-- b -->\n| right") and "old" not in document and "after\n\n## Which?\n<!-- a -->\n" in document
     assert "](study/a.png)" in document and all((out / f"{name}.png").stat().st_size > 5000 for name in "ab")
-    report(grid, MADE, lines, out)
+    report(grid, MADE, lines, out, ())
     assert (tmp_path / "docs/study.md").read_text() == document
 
 
 def test_a_part_without_runs_has_an_empty_table(tmp_path):
     for part in (Part("a", "?", ("tuned",)), Part("b", "?", ("grid",), kind="grid")):
-        assert report(part, MADE, Lines(tmp_path / "none.jsonl"), tmp_path)
+        assert report(part, MADE, Lines(tmp_path / "none.jsonl"), tmp_path, ())
 
 
 def test_every_arm_is_a_config_that_runs_and_every_part_has_arms():
@@ -247,7 +278,7 @@ def test_a_probe_stands_beside_the_runs_that_it_forecasts(tmp_path):
     made.run(Part("b", "?", ("grid",), kind="grid")), made.run(part), made.run(part)
     assert len(probed) == 1 and not list((tmp_path / "study/runs").iterdir())
     (tmp_path / "docs").mkdir()
-    table = report(part, arms, Lines(tmp_path / "runs.jsonl"), tmp_path / "docs/study")
+    table = report(part, arms, Lines(tmp_path / "runs.jsonl"), tmp_path / "docs/study", ())
     assert table.splitlines()[2:] == [
         "| a grid | lr 0.001 | learns (lr 0.0009, beta 0.1) | +0.00 | 0.490; NLL +0.00 |",
         "| a grid | lr 0.01 | collapses (lr 0.009, beta 0.1) | +0.01 | 0.000; NLL +0.00; **collapsed 1/1** |",

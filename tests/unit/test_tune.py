@@ -129,7 +129,7 @@ def test_a_trial_that_was_killed_goes_on_with_its_values(search):
 
 
 def test_a_metric_that_is_not_measured_is_named(search):
-    with pytest.raises(BadInput, match="metric=exact_match_t1_share: not measured on demo:heldout.* known are real_nll_nats_per_token"):
+    with pytest.raises(BadInput, match=r"metric=exact_match_t1_share: not measured on demo:heldout.* known are real_nll_nats_per_token"):
         search(Runs(right=lambda *_: None), RATES + "metric: exact_match_t1_share\n")
     rows = search(Runs(right=lambda *_: None), RATES, name="auto")
     assert rows[0][2] == "0.5000"
