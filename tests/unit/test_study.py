@@ -141,16 +141,17 @@ def test_a_run_that_did_not_end_has_no_line(tmp_path, code, error):
 
 @pytest.mark.parametrize("concurrent", [1, 2])
 def test_after_a_failure_nothing_more_is_begun(concurrent):
-    begun = []
+    begun, together = [], threading.Barrier(concurrent)
 
     def work(item):
         begun.append(item)
-        time.sleep(0.01)
+        together.wait(10)
+        time.sleep(0.1 * item)  # so that the first one's failure is the first
         raise RunStopped(f"{item} failed")
 
     with pytest.raises(RunStopped, match="0 failed"):
         side_by_side(work, range(50), concurrent)
-    assert 1 <= len(begun) <= concurrent
+    assert len(begun) == concurrent
 
 
 def test_an_arm_that_fails_ends_the_others_between_two_runs(tmp_path):

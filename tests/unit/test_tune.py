@@ -147,5 +147,3 @@ def test_a_folder_that_cannot_be_written_is_refused(search, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"run\.dir: .*file.* cannot be written"):
         search(Runs(), RATES, f"run.dir={tmp_path}/file")
-
-
