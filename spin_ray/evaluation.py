@@ -34,17 +34,17 @@ from spin_ray.exchange.pairs import read_pairs, write_table
 from spin_ray.guard import check_nll
 from spin_ray.heldout import advantage, are_right, as_pairs, divergence, quality
 from spin_ray.learner.loop import plain_real_logps
-from spin_ray.manifest import RunDir
 from spin_ray.methods import Method
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
-from spin_ray.records import PAIR_SCHEMA, Pair, Prompt, PublishedWeights, SamplingSettings, Version, from_table, to_table
+from spin_ray.records import PAIR_SCHEMA, Pair, Prompt, PublishedWeights, SamplingSettings, Saved, Version, from_table, to_table
 from spin_ray.reporting import Reporting
 from spin_ray.sampler.pool import EVALUATE, sampling_settings, start_opponent
 from spin_ray.stop import Standing, judge
 from spin_ray.system import ray_cluster
+from spin_ray.theta import Thetas, write_quantized_base
 
 
 def run_eval(config: Config) -> None:
@@ -61,21 +61,25 @@ def run_eval(config: Config) -> None:
         )
         max_model_len = longest_sequence(prompts, config.sampler.max_new_tokens, facts)
         with ray_cluster(config, learner=False) as hardware:
+            saved = facts.saved
+            if config.model.quantization:
+                saved = Saved(str(config.run_path / "start" / "base"), saved.adapter)
+                write_quantized_base(config, facts, Path(saved.model), hardware.dtype)
             refuse_sampler(facts, hardware, reloads=False)
-            pool = start_opponent(config, facts.path, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
+            pool = start_opponent(config, saved, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
             pool.release.remote(Version(0))
-            print(proof.line(_sampler_beside_transformers(pool, prompts, facts, hardware, logs)), file=to_read)
+            print(proof.line(_sampler_beside_transformers(pool, prompts, saved, hardware, logs)), file=to_read)
             metrics, _ = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
-        print(json.dumps({"model": facts.path, "num_prompts": len(prompts), "rows": counts, **metrics}), file=to_user)
+        print(json.dumps({"model": facts.adapter or facts.path, "num_prompts": len(prompts), "rows": counts, **metrics}), file=to_user)
 
 
-def _sampler_beside_transformers(pool: Any, prompts: Sequence[Prompt], facts: ModelFacts, hardware: Hardware, logs: Path) -> str:
+def _sampler_beside_transformers(pool: Any, prompts: Sequence[Prompt], saved: Saved, hardware: Hardware, logs: Path) -> str:
     """What the audit is in a run, which compares with the learner: `eval` has none. Raises AuditError if they disagree.
 
     Transformers computes on a CPU, while the engine starts.
     """
     pairs = proof_pairs(prompts)
-    plain = ray.remote(num_cpus=0)(plain_real_logps).remote(facts.path, hardware.dtype, pairs, str(logs / "proof.log"))
+    plain = ray.remote(num_cpus=0)(plain_real_logps).remote(saved, hardware.dtype, pairs, str(logs / "proof.log"))
     sampler = pool.score.remote(Version(0), [p.prompt_ids for p in pairs], [p.real_ids for p in pairs], EVALUATE)
     audit = compare(0, ray.get(sampler), ray.get(plain), hardware.audit_tolerance, other="plain transformers")
     return f"sampler: {audit.num_tokens} tokens, log-probs apart from plain transformers' by {audit.mean_nats:.1e} nats on average"
@@ -90,10 +94,11 @@ def evaluate(
     """
     questions, real = [p.prompt_ids for p in prompts], [p.real_ids for p in prompts]
     checkable = [prompt for prompt in prompts if prompt.answer is not None]
-    at_one = pool.sample.remote(version, questions, dataclasses.replace(settings, temperature=1.0, top_p=1.0), EVALUATE)
+    at_one = pool.play.remote(version, questions, dataclasses.replace(settings, temperature=1.0, top_p=1.0), real, EVALUATE)
     greedily = dataclasses.replace(settings, temperature=0.0, top_p=1.0)
     greedy = pool.sample.remote(version, [p.prompt_ids for p in checkable], greedily, EVALUATE)
-    drawn, best, logps = ray.get([at_one, greedy, pool.score.remote(version, questions, real, EVALUATE)])
+    played, best = ray.get([at_one, greedy])
+    drawn, logps = map(list, zip(*played, strict=True))
     pairs = as_pairs(version.number, prompts, drawn, logps)
     right = are_right(prompts, [pair.generated_ids for pair in pairs], chat.decode)
     return quality(pairs, right, are_right(checkable, [answer.token_ids for answer in best], chat.decode)), pairs
@@ -107,10 +112,11 @@ class Evaluations:
     """Those of one run, each in a thread of its own. `start` and `tied_names` are the main thread's."""
 
     def __init__(
-        self, config: Config, method: Method, run: RunDir, facts: ModelFacts, heldout: Sequence[Prompt], pool: Any, overlap: Overlap,
+        self, config: Config, method: Method, thetas: Thetas, facts: ModelFacts, heldout: Sequence[Prompt], pool: Any, overlap: Overlap,
         threads: Threads, reporting: Reporting,
     ):
-        self._config, self._method, self._run, self._facts, self._heldout, self._pool = config, method, run, facts, heldout, pool
+        self._config, self._method, self._thetas, self._run, self._facts = config, method, thetas, (run := thetas.run), facts
+        self._heldout, self._pool = heldout, pool
         self._overlap, self._threads, self._reporting = overlap, threads, reporting
         self._settings = sampling_settings(config, facts.chat)
         self._started: dict[int, Future] = {}
@@ -123,6 +129,10 @@ class Evaluations:
     def start(self, version: int, trained: Mapping[str, Any]) -> None:
         """Evaluate theta_version when its iteration is played; its row of the table takes up `trained`."""
         self._started[version] = self._threads.start(self._evaluate, version, trained, self._started.get(version - 1))
+
+    def wait(self, version: int) -> None:
+        """Until theta_version's evaluation, which has been started, is done."""
+        self._threads.result(self._started[version])
 
     def make_way(self, version: Version) -> None:
         """Before theta_version, or a snapshot of it, is loaded: an evaluation is put off once, not for ever."""
@@ -144,8 +154,7 @@ class Evaluations:
         self._reporting.row(version, metrics, trained)
         if metrics and version:
             name = "real_nll_nats_per_token"
-            model = self._run.storage.name(self._run.model(version - 1))
-            check_nll(version, metrics[name], self._run.evaluations()[0][name], self._config, model)
+            check_nll(version, metrics[name], self._run.evaluations()[0][name], self._config, self._thetas.name(version))
         if metrics:
             self._judge(version)
 
@@ -173,7 +182,8 @@ class Evaluations:
         """Name the best version so far; end all waits with `Enough` if there is nothing more to gain."""
         with self._judging:
             verdict = judge([self._standing(earlier) for earlier in range(version + 1)], self._config.spin)
-            self._run.name_best(verdict.best, self._config.model.path)
+            start = self._config.model.adapter or self._config.model.path
+            self._run.name_best(self._thetas.name(verdict.best) if verdict.best else start)
         asked = self._run.stop_file
         reason = verdict.reason or (f"asked to by {asked}: {asked.read_text().strip()}" if asked.exists() else "")
         if reason and len(self._run.marks("iteration")) < self._method.num_iterations:
@@ -195,6 +205,5 @@ class Evaluations:
             self._load_again(version, present=version)
 
     def _load_again(self, version: int, *, present: int) -> None:
-        folder = str(self._run.model(version - 1)) if version else self._facts.path
-        weights = PublishedWeights(Version(version), (), 0, self.tied_names, folder)
+        weights = PublishedWeights(Version(version), (), 0, self.tied_names, saved_at=self._thetas.played(version))
         self._threads.result(self._pool.load_again.remote(weights, Version(present)).future())

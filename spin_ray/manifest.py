@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,8 @@ class RunDir:
         """A file that somebody puts there to end the run when a version has been evaluated; its text is the reason."""
         return self.path / "stop"
 
-    def name_best(self, version: int, start: str) -> None:
-        """Let the file `best` name the model of a version; `start` is theta_0's."""
-        named = self.storage.name(self.model(version - 1)) if version else start
+    def name_best(self, named: str) -> None:
+        """Let the file `best` name a model."""
         path = self.storage.fetch(self.path / "best")
         if not path.exists() or path.read_text().strip() != named:
             with self.storage.written(path) as temporary:
@@ -159,6 +158,17 @@ class RunDir:
     def model(self, iteration: int) -> Path:
         return self.iteration(iteration) / "model"
 
+    def adapter(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "adapter"
+
+    def first_adapter(self) -> Path:
+        """theta_0's, where none was given."""
+        return self.path / "start" / "adapter"
+
+    def quantized_base(self) -> Path:
+        """Of all versions, where `model.quantization` is set."""
+        return self.path / "start" / "base"
+
     def checkpoint(self, iteration: int) -> Path:
         return self.iteration(iteration) / "checkpoint"
 
@@ -166,20 +176,24 @@ class RunDir:
         """The main player in the middle of an iteration."""
         return self.iteration(iteration) / "progress"
 
-    def mark_checksums(self, iteration: int) -> None:
-        """Remember what the files of an iteration's model contain."""
-        self.mark("checksums", iteration=iteration, sha256=self.storage.checksums(self.model(iteration)))
+    def mark_checksums(self, iteration: int, folders: Sequence[Path]) -> None:
+        """Remember what the files of an iteration's weights contain. `folders` lie in the iteration's."""
+        self.mark("checksums", iteration=iteration, sha256=self._checksums(iteration, folders))
 
-    def check_model(self, iteration: int) -> None:
-        """Raise BadInput, naming the file, if a model's file is not what it was when the run wrote it."""
+    def _checksums(self, iteration: int, folders: Sequence[Path]) -> dict[str, str]:
+        here = self.iteration(iteration)
+        return {str(folder.relative_to(here) / name): value for folder in folders for name, value in self.storage.checksums(folder).items()}
+
+    def check_weights(self, iteration: int, folders: Sequence[Path]) -> None:
+        """Raise BadInput, naming the file, if one that was written with an iteration is not what it was."""
         known = [mark["sha256"] for mark in self.marks("checksums") if mark["iteration"] == iteration]
         if not known:
-            return self.mark_checksums(iteration)  # a crash came between the iteration's mark and this one
-        found = self.storage.checksums(self.model(iteration))
+            return self.mark_checksums(iteration, folders)  # a crash came between the iteration's mark and this one
+        here, found = self.iteration(iteration), self._checksums(iteration, folders)
         for name, value in known[-1].items():
             if found.get(name) != value:
                 raise BadInput(
-                    f"{self.storage.name(self.model(iteration) / name)}: missing or damaged since this run wrote it "
+                    f"{self.storage.name(here / name)}: missing or damaged since this run wrote it "
                     f"(sha256 {found.get(name)}, was {value}); put the file back, or start a new run"
                 )
 

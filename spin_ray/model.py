@@ -13,7 +13,7 @@ from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 from spin_ray.families import longest_exact, noise, reason_to_refuse, text_part
 from spin_ray.imports import without_gc
-from spin_ray.records import Prompt
+from spin_ray.records import Prompt, Saved
 from spin_ray.tokenizer import load_tokenizer
 
 
@@ -22,6 +22,8 @@ class ModelFacts:
     path: str
     """Where transformers and vLLM find the model."""
     chat: ChatFormat
+    adapter: str
+    """Folder of the adapter that theta_0 has; empty if it has none."""
     max_positions: int | None
     """Longest sequence the model was made for, in tokens."""
     model: Any
@@ -32,6 +34,11 @@ class ModelFacts:
     """Dropout and the like that the model's config asks for, and that the learner leaves out."""
     tokenizer_line: str = ""
     """A word to the user about how the tokenizer was loaded; empty if there is none."""
+
+    @property
+    def saved(self) -> Saved:
+        """Where the weights lie."""
+        return Saved(self.path, self.adapter or None)
 
 
 def inspect_model(config: Config) -> ModelFacts:
@@ -44,7 +51,10 @@ def inspect_model(config: Config) -> ModelFacts:
     if is_local and not Path(path).is_dir():
         raise BadInput(f"model.path={config.model.path}: no such folder; give one with a model, demo:sft, or a name on the model hub")
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
-        raise BadInput(f"model.path={path}: an adapter without its base; merge it into that first (peft's merge_and_unload), and save that")
+        raise BadInput(f"model.path={path}: an adapter without its base; give the base as model.path, and this as model.adapter")
+    adapter = str(Path(config.model.adapter).expanduser().absolute()) if config.model.adapter else ""
+    if adapter and not (Path(adapter) / "adapter_config.json").exists():
+        raise BadInput(f"model.adapter={config.model.adapter}: no adapter_config.json there; give the folder that peft wrote")
     try:
         model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
@@ -63,7 +73,7 @@ def inspect_model(config: Config) -> ModelFacts:
         tokenizer, name=f"model.path={path}", eos_ids=[i for i in eos_ids if i is not None], vocab_size=getattr(text, "vocab_size", None)
     )
     positions = getattr(text, "max_position_embeddings", None)
-    return ModelFacts(path, chat, positions, model, longest_exact=longest_exact(model), noise=noise(model), tokenizer_line=line)
+    return ModelFacts(path, chat, adapter, positions, model, longest_exact=longest_exact(model), noise=noise(model), tokenizer_line=line)
 
 
 def refuse_unsupported(config: Any, name: str) -> None:

@@ -34,15 +34,15 @@ from spin_ray.exchange.pairs import PlayPlan, play
 from spin_ray.guard import FirstAnswers
 from spin_ray.learner.group import Learner
 from spin_ray.learner.messages import Publish, Score
-from spin_ray.manifest import RunDir
 from spin_ray.methods import Method
 from spin_ray.model import ModelFacts
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
-from spin_ray.records import PAIR_SCHEMA, Prompt, PublishedWeights, Span, Version, real_only, to_table
+from spin_ray.records import PAIR_SCHEMA, Devices, Prompt, PublishedWeights, Saved, Span, Version, real_only, to_table
 from spin_ray.reporting import Reporting
 from spin_ray.sampler.pool import AUDIT, sampling_settings
 from spin_ray.system import Neighbours, let_learner_go_first
+from spin_ray.theta import Thetas
 
 
 class Opponent:
@@ -53,17 +53,17 @@ class Opponent:
     """
 
     def __init__(
-        self, config: Config, method: Method, run: RunDir, facts: ModelFacts, hardware: Hardware, pool: Any, learner: Learner,
+        self, config: Config, method: Method, thetas: Thetas, facts: ModelFacts, hardware: Hardware, pool: Any, learner: Learner,
         overlap: Overlap, threads: Threads, reporting: Reporting, *, prompts: Sequence[Prompt], heldout: Sequence[Prompt],
     ):
         """`prompts`: the training data, whose first rows are audited. `learner` gives snapshots and takes blocks."""
-        self._config, self._method, self._run, self._hardware, self._pool = config, method, run, hardware, pool
+        self._config, self._method, self._run, self._hardware, self._pool = config, method, thetas.run, hardware, pool
         self._learner, self._overlap, self._threads, self._reporting = learner, overlap, threads, reporting
         self._settings = tuple(sampling_settings(config, facts.chat, t) for t in range(method.num_iterations))
         self._prompts, self._has_heldout = prompts, bool(heldout)
         self._audited = prompts[: config.audit.num_prompts]
         self._first_answers = FirstAnswers(config, facts.chat)
-        self._evaluations = Evaluations(config, method, run, facts, heldout, pool, overlap, threads, reporting)
+        self._evaluations = Evaluations(config, method, thetas, facts, heldout, pool, overlap, threads, reporting)
         self._snapshots_used: set[int] = set()
         """Iterations whose training has a snapshot that played ahead."""
         self._num_voided = 0
@@ -71,18 +71,25 @@ class Opponent:
         self._taking = threading.Lock()
         """A snapshot is taken before a rollback or after it."""
         self._neighbours = Neighbours()
+        self.devices: Devices = ()
+        """The samplers' when they last went to sleep."""
+        self._released: int | None = None
+        """The newest version that plays."""
         self._weights: PublishedWeights | None = None
         """What the samplers hold, if it came from the learner."""
 
     def start(self) -> None:
-        """Start the play of all iterations: its pipeline starts up while the engines do. Returns when a sampler is up."""
+        """Start the play of all iterations: its pipeline starts up while the engines do. Returns when a sampler is up, or where the
+        players take turns all of them.
+        """
         if self._method.plays:
             self._threads.start(self._play)
         else:
             self._threads.start(hand_on_rows, self._method, self._prompts, self._overlap, self._learner)
-        ready = self._pool.ready.remote().future()
-        number = self._config.sampler.num_replicas
-        self._reporting.wait_for(ready, self._threads, f"the first of {number} samplers", f"{self._run.logs}/sampler-0.log")
+        number, first = self._config.sampler.num_replicas, not self._hardware.takes_turns
+        ready = self._pool.ready.remote(1 if first else number).future()
+        who = f"the first of {number} samplers" if first else f"{number} samplers"
+        self._reporting.wait_for(ready, self._threads, who, f"{self._run.logs}/sampler-0.log")
 
     def _play(self) -> None:
         """Lines 3-5: theta_t answers every prompt. Hands every block on as soon as it is finished."""
@@ -137,12 +144,12 @@ class Opponent:
         self._reporting.tracker.log("audit", metrics, opponent_version=version)
         return audit
 
-    def saved(self, folder: str) -> dict[str, Any]:
+    def saved(self, at: Saved) -> dict[str, Any]:
         """What the samplers hold is on disk: the object store is free of it, and it may be loaded from there again. Returns what the
         manifest is to remember of it.
         """
         self._evaluations.tied_names = self._weights.tied_names
-        self._ask("saved", self._weights.version, folder)
+        self._ask("saved", self._weights.version, at)
         return {"tied_names": dict(self._weights.tied_names)}
 
     def evaluate_the_one_before(self, version: int) -> None:
@@ -153,6 +160,7 @@ class Opponent:
     def release(self, version: int, trained: dict[str, Any]) -> None:
         """theta_version may play, and be evaluated in what time the play leaves; `trained` goes into its row of the table."""
         self._open(Version(version))
+        self._released = version
         if self._hardware.learner_first and not self._neighbours.crowd():
             let_learner_go_first()  # every time: processes come and go
         self._evaluations.start(version, trained)
@@ -199,6 +207,16 @@ class Opponent:
             yield t in self._snapshots_used or (early is not None and step >= early[0])
             self._num_voided += 1
 
+    def rest(self) -> None:
+        """After what the newest version owes: its iteration's play, and its evaluation."""
+        if self._released is not None:
+            self._overlap.wait_until_may_evaluate(self._released)
+            self._evaluations.wait(self._released)
+        self.devices = self._ask("sleep")
+
+    def wake(self) -> None:
+        self._ask("wake")
+
     def num_restarts(self) -> int:
         return self._ask("num_restarts")
 
@@ -229,7 +247,7 @@ class Bystander:
     def become(self, version: int, answers: Iterator[Any]) -> None:
         """Nothing is loaded, and there is nothing to compare with."""
 
-    def saved(self, folder: str) -> dict[str, Any]:
+    def saved(self, at: Saved) -> dict[str, Any]:
         return {}
 
     def evaluate_the_one_before(self, version: int) -> None:

@@ -11,11 +11,15 @@ from typing import Any
 
 from spin_ray.config import Config
 from spin_ray.errors import BadInput
+from spin_ray.records import Devices
 
 PLAY_TASK_CPUS = 0.1
 """A process of the play pipeline mostly waits for the samplers; it must fit beside the actors."""
 
 BLOCKS_PER_PROCESS = 256
+
+SAMPLER_SHARE, LEARNER_SHARE = 0.6, 0.4
+"""Of a GPU, as Ray counts, where both take turns on it: one of each fills it, and two of a kind never fit."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class Hardware:
     """The learner's: "cuda" or "cpu"."""
     dtype: str
     """"bfloat16" or "float32": the weights as the sampler and the learner's forward pass see them."""
-    sampler_gpus: int
+    sampler_gpus: float
     """GPUs of one sampler replica."""
-    learner_gpus: int
+    learner_gpus: float
     """GPUs of one learner worker."""
     audit_tolerance: float
     """Largest mean |difference| of sampler and learner log-probs per token, in nats."""
@@ -36,6 +40,8 @@ class Hardware:
     """Enough to keep every engine full twice over: a finished block takes a moment to be replaced."""
     torch_backend: str
     """Collectives of the learner's workers."""
+    takes_turns: bool = False
+    """Whether sampler and learner compute on the same devices, one of them at a time."""
     learner_first: bool = False
     """Whether the learner's workers go before all others that want the same cores."""
     logits_elements: int = 12 * 2**20
@@ -51,7 +57,8 @@ def learner_goes_first(config: Config, *, num_gpus: int, samplers: bool, learner
 
     With evaluation the samplers need that time: the main player would save it only to wait for them.
     """
-    return samplers and learner and not num_gpus and config.overlap.mode != "sequential" and not config.data.eval
+    overlap = config.overlap.mode != "sequential" and config.placement.mode != "shared"
+    return samplers and learner and not num_gpus and overlap and not config.data.eval
 
 
 def choose_hardware(
@@ -66,33 +73,56 @@ def choose_hardware(
     on_gpus = total.get("GPU", 0) > 0
     sampler = config.sampler
     num_replicas, num_workers = sampler.num_replicas * samplers, config.learner.num_workers * learner
-    sampler_gpus = sampler.gpus_per_replica
-    if sampler_gpus is None:
-        sampler_gpus = sampler.tensor_parallel_size if on_gpus else 0
-    learner_gpus = config.learner.gpus_per_worker if config.learner.gpus_per_worker is not None else int(on_gpus)
+    sampler_gpus: float = sampler.tensor_parallel_size * on_gpus if sampler.gpus_per_replica is None else sampler.gpus_per_replica
+    learner_gpus: float = config.learner.gpus_per_worker if config.learner.gpus_per_worker is not None else int(on_gpus)
     cpus = [("sampler", num_replicas, sampler.cpus_per_replica), ("learner", num_workers, config.learner.cpus_per_worker)]
     if sampler_gpus not in (0, sampler.tensor_parallel_size) or (sampler_gpus == 0 and sampler.tensor_parallel_size > 1):
         raise BadInput(
             f"sampler.gpus_per_replica={sampler_gpus} does not go with sampler.tensor_parallel_size={sampler.tensor_parallel_size}; "
             "a replica takes as many GPUs as share its model"
         )
-    _check_fits("GPU", total, [("sampler", num_replicas, sampler_gpus), ("learner", num_workers, learner_gpus)])
+    takes_turns = samplers and learner and _takes_turns(config, total.get("GPU", 0), sampler_gpus, learner_gpus)
+    if takes_turns and on_gpus:
+        sampler_gpus, learner_gpus = SAMPLER_SHARE, LEARNER_SHARE
+        _check_fits("GPU", total, [("sampler", num_replicas, 1)])
+        _check_fits("GPU", total, [("learner", num_workers, 1)])
+    else:
+        _check_fits("GPU", total, [("sampler", num_replicas, sampler_gpus), ("learner", num_workers, learner_gpus)])
     blocks_in_flight = 2 * num_replicas * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
     _check_fits("CPU", total, [*cpus, ("play process", play_processes(blocks_in_flight), PLAY_TASK_CPUS)])
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if sampler_gpus and learner_gpus else "float32")
     tolerance = config.audit.tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
-    gpu_engine = {"gpu_memory_utilization": sampler.gpu_memory_utilization}
+    gpu_engine = {"gpu_memory_utilization": sampler.gpu_memory_utilization, **({"enable_sleep_mode": True} if takes_turns else {})}
     cpu_env = {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1",
     }
     return Hardware(
         device="cuda" if learner_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
-        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt and not learner_gpus, blocks_in_flight=blocks_in_flight,
-        torch_backend="nccl" if learner_gpus else "gloo", learner_first=learner_first,
+        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt, blocks_in_flight=blocks_in_flight,
+        torch_backend="nccl" if learner_gpus else "gloo", learner_first=learner_first, takes_turns=takes_turns,
         logits_elements=(256 if learner_gpus else 12) * 2**20, engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
         sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},
         learner_env={} if learner_gpus else {"DS_ACCELERATOR": "cpu"},
     )
+
+
+def _takes_turns(config: Config, num_gpus: float, sampler_gpus: float, learner_gpus: float) -> bool:
+    """Raises BadInput where it is asked for and cannot be."""
+    mode = config.placement.mode
+    if mode == "shared" and num_gpus and (sampler_gpus, learner_gpus) != (1, 1):
+        raise BadInput(
+            f"placement.mode=shared does not go with {sampler_gpus:g} GPUs for a sampler and {learner_gpus:g} for a learner's worker: "
+            "one of each takes turns on one GPU; leave sampler.tensor_parallel_size, sampler.gpus_per_replica and "
+            "learner.gpus_per_worker as they are, or set placement.mode=separate"
+        )
+    return mode == "shared" or (mode == "auto" and num_gpus == sampler_gpus == learner_gpus == 1)
+
+
+def own_devices() -> Devices:
+    """GPUs that Ray has given to this process."""
+    import ray
+
+    return tuple((ray.get_runtime_context().get_node_id(), int(number)) for number in ray.get_gpu_ids())
 
 
 def play_processes(blocks_in_flight: int) -> int:

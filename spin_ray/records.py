@@ -8,10 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from spin_ray.storage import Disk
 
 NO_TOKENS, NO_LOGPS = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
@@ -30,6 +33,22 @@ class Version:
     def precedes(self, other: Version) -> bool:
         """Whether the main player was at these weights before it was at `other`."""
         return (self.number, -self.steps_early) < (other.number, -other.steps_early)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where weights lie for good: a model's folder, or its name on the hub; of a base with an adapter, the adapter's folder too."""
+
+    model: str
+    adapter: str | None = None
+
+    def fetched(self, storage: Disk) -> Saved:
+        """The same on this node's disk."""
+        return Saved(str(storage.fetch(Path(self.model))), self.adapter and str(storage.fetch(Path(self.adapter))))
+
+
+Devices = tuple[tuple[str, int], ...]
+"""GPUs, each as its node's id and its number there."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +175,10 @@ class PublishedWeights:
     num_bytes: int
     tied_names: Mapping[str, str] = field(default_factory=dict)
     """Second name -> first name of weights that the model knows twice."""
-    saved_at: str | None = None
-    """Model folder with the same weights, to be read instead of the buckets once it is there."""
+    adapter: Mapping[str, Any] | None = None
+    """The buckets hold an adapter alone, and this is its adapter_config.json."""
+    saved_at: Saved | None = None
+    """Where the same weights lie, to be read instead of the buckets once they are there."""
 
 
 def real_only(prompt: Prompt, version: int) -> Pair:

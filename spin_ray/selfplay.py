@@ -17,6 +17,7 @@ What the main player reports is acted on in the order of learner/reports.py, who
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,7 +34,7 @@ from spin_ray.guard import FirstLosses, Rollbacks
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import follow
-from spin_ray.learner.messages import Divergence, Proved, Save, Saving, StepRecord, Train, TrainReport, first_losses
+from spin_ray.learner.messages import Divergence, Proved, Saving, StepRecord, Train, TrainReport, first_losses
 from spin_ray.learner.reports import Reports
 from spin_ray.manifest import RunDir
 from spin_ray.methods import method_of
@@ -41,14 +42,16 @@ from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.opponent import Bystander, Opponent
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
-from spin_ray.players import Players, start_players
+from spin_ray.players import Players, as_placed, start_players
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
 from spin_ray.prepared import Prepared, prepare
 from spin_ray.records import Span
 from spin_ray.reporting import Reporting
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
+from spin_ray.theta import Thetas, make_base, thetas_of
 from spin_ray.tracking import Tracker
+from spin_ray.turns import MAIN_PLAYER, OPPONENT, Turns
 
 
 def run_method(config: Config) -> None:
@@ -70,21 +73,23 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
     prepared = prepare(config, run, facts, proof, terminal)
     if config.spin.stop != "never" and method.plays and not prepared.heldout:
         terminal.say(f"spin.stop={config.spin.stop} has nothing to go by without data.eval: all iterations will be played")
-    samplers = method.plays or bool(prepared.heldout)
+    thetas, samplers = thetas_of(config, run, facts), method.plays or bool(prepared.heldout)
     max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens if samplers else 0, facts)
     with ExitStack() as stack:
         stack.callback(_tell_of_the_end, run, terminal)
         hardware = stack.enter_context(ray_cluster(config, samplers=samplers))
         interrupts.listen()
+        config = as_placed(config, hardware, terminal.say)
         if samplers:
             refuse_sampler(facts, hardware)
         blocks = len(prepared.block_sizes)
+        make_base(config, run, facts, hardware.dtype)
         terminal.say(f"{run}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
         players = stack.enter_context(
-            start_players(config, run, facts, hardware, max_model_len, proof_pairs(prepared.train), samplers=samplers)
+            start_players(config, thetas, hardware, max_model_len, proof_pairs(prepared.train), samplers=samplers)
         )
         with Tracker(config, run.path) as tracker, terminal:
-            SelfPlay(config, run, facts, prepared, hardware, players, proof, tracker, terminal, interrupts).play()
+            SelfPlay(config, thetas, facts, prepared, hardware, players, proof, tracker, terminal, interrupts).play()
 
 
 def _tell_of_the_end(run: RunDir, terminal: Terminal) -> None:
@@ -92,9 +97,14 @@ def _tell_of_the_end(run: RunDir, terminal: Terminal) -> None:
         terminal.say(_outcome(run))
 
 
+def _last_model(run: RunDir) -> str:
+    mark = run.marks("iteration")[-1]
+    return mark.get("model") or run.storage.name(run.model(mark["iteration"]))  # runs of earlier versions did not say
+
+
 def _outcome(run: RunDir) -> str:
     """How a finished run has ended, for the user."""
-    last, best = run.storage.name(run.model(len(run.marks("iteration")) - 1)), run.best()
+    last, best = _last_model(run), run.best()
     why = "".join(f" early, {mark['reason']}" for mark in run.marks("stopped"))
     return f"finished{why}: the model is {last}" + (f"; the best by its held-out numbers is {best}" if best not in (None, last) else "")
 
@@ -106,12 +116,13 @@ class SelfPlay:
     """
 
     def __init__(
-        self, config: Config, run: RunDir, facts: ModelFacts, prepared: Prepared, hardware: Hardware, players: Players,
+        self, config: Config, thetas: Thetas, facts: ModelFacts, prepared: Prepared, hardware: Hardware, players: Players,
         proof: Proof, tracker: Tracker, terminal: Terminal, interrupts: Interrupts,
     ):
-        self._config, self._run, self._hardware, self._interrupts = config, run, hardware, interrupts
-        self._method, self._base_path = (method := method_of(config)), facts.path
+        self._config, self._thetas, self._run, self._hardware, self._interrupts = config, thetas, (run := thetas.run), hardware, interrupts
+        self._method = method = method_of(config)
         self._learner, self._first, self._last = players.learner, len(run.marks("iteration")), method.num_iterations
+        self._turns: Turns | None = None
         self._overlap = overlap = Overlap(config, method, prepared.block_sizes, self._first)
         self._threads = threads = Threads(overlap.fail, self._learner.fail)
         self._reporting = reporting = Reporting(config, method, run, facts.chat, overlap, proof, tracker, terminal)
@@ -120,9 +131,10 @@ class SelfPlay:
             self._opponent = Bystander(method, self._learner, overlap, threads, reporting, prepared.train)
         else:
             self._opponent = Opponent(
-                config, method, run, facts, hardware, players.pool, self._learner, overlap, threads, reporting,
+                config, method, thetas, facts, hardware, players.pool, self._learner, overlap, threads, reporting,
                 prompts=prepared.train, heldout=prepared.heldout,
             )
+            self._turns = players.turns(self._opponent, self._result)
         tokens_per_answer = float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
         self._first_losses = FirstLosses(method, overlap, tokens_per_answer, tracker, terminal)
         self._rollbacks = Rollbacks(config, run, self._learner, tracker, terminal)
@@ -150,21 +162,24 @@ class SelfPlay:
 
     def _iterations(self) -> None:
         opponent, asked = self._opponent, self._ask_for(self._first)
-        training = self._post_training(self._first)
+        training = None if self._turns else self._post_training(self._first)
         opponent.start()
-        self._audited(self._first, opponent.become(self._first, map(self._learner.result, asked)))
+        self._audited(self._first, opponent.become(self._first, self._answers(asked)))
         self._reports.stands(self._first, group=0)
         opponent.evaluate_the_one_before(self._first)
         opponent.release(self._first, {})  # lines 3-5: theta_t answers every prompt
         for t in range(self._first, self._last):
+            if self._turns:
+                self._turns.give_to(MAIN_PLAYER)
+                training = self._post_training(t)
             follow(self._learner, training, self._reports.arrived, self._interrupts)  # line 6
             with self._interrupts.graceful():  # a signal here ends the next iteration's training before it begins
                 made = self._become_opponent(t + 1, training)
-            self._all_trained = made.next_training is None
+            self._all_trained = t + 1 == self._last
             trained = self._trained(t, made.report)
             self._reports.stands(t + 1, group=made.group)
             opponent.release(t + 1, trained)
-            self._threads.start(self._run.mark_checksums, t)
+            self._threads.start(self._run.mark_checksums, t, self._thetas.folders(t))
             training = made.next_training
 
     def _post_training(self, t: int) -> int | None:
@@ -175,7 +190,7 @@ class SelfPlay:
         return self._learner.post(Train(
             iteration=t, block_sizes=tuple(block.size for block in overlap.blocks(t)), num_epochs=method.num_epochs(t),
             num_steps=overlap.num_steps(t), objective=method.objective(t), lr=method.lr(t), scorer=method.scorer,
-            base_path=self._base_path if method.mixes_in_base(t) else None,
+            base=self._thetas.first if method.mixes_in_base(t) else None,
             wait_for_all=overlap.waits_for_all, snapshot=overlap.snapshot(t), progress_path=str(self._run.progress(t)),
         ))
 
@@ -189,34 +204,58 @@ class SelfPlay:
         If a worker dies on the way, the new group trains iteration t again from what is left, and everything is done again with its
         weights: the report, what is on disk, what the samplers hold and what is marked are always of one and the same theta_{t+1}.
         """
-        run, t, learner, opponent = self._run, version - 1, self._learner, self._opponent
-        asked, save = self._ask_for(version), learner.post(Save(str(run.model(t)), str(run.checkpoint(t))))
-        next_training = self._post_training(version)
+        run, thetas, t, learner, opponent = self._run, self._thetas, version - 1, self._learner, self._opponent
+        asked, save = self._ask_for(version), learner.post(thetas.save(t))
+        next_training = None if self._turns else self._post_training(version)
         moved = False
         while not moved:
             group = None
             while group != (group := learner.group()):  # again until one and the same group has answered it all
                 try:
                     report = self._result(training)
-                    audit = opponent.become(version, map(self._result, asked))  # while the main player writes its files
+                    audit = opponent.become(version, self._answers([*asked, save]))  # while the main player writes its files
                     self._result(save)
                 except WeightsLost:
+                    if self._turns:
+                        self._turns.give_to(MAIN_PLAYER)
                     learner.wait_for_group_after(group)
                 except AuditError:
                     if group == learner.group():  # else the samplers hold the weights of a group that has died
                         raise
-            run.storage.commit(run.model(t))
-            run.storage.commit(run.checkpoint(t))
             masters = str(run.checkpoint(t)) if self._hardware.dtype == "bfloat16" else None
-            moved = learner.move_base(Base(str(run.model(t)), masters, first_command=save + 1, iteration=version), group)
+            base = Base(thetas.saved(version), masters, first_command=save + 1, iteration=version)
+            moved = self._commit(t, group) and learner.move_base(base, group)
         self._audited(version, audit)
-        run.mark("iteration", iteration=t, report=asdict(report), audit=audit and asdict(audit), **opponent.saved(str(run.model(t))))
+        run.mark(
+            "iteration", iteration=t, model=thetas.name(version), report=asdict(report), audit=audit and asdict(audit),
+            **opponent.saved(thetas.played(version)),
+        )
         run.drop_outdated(self._config.run, self._method.needed(version))
         return Made(report, group, next_training)
+
+    def _commit(self, t: int, group: int) -> bool:
+        """Put what iteration t has made in its place; False if a new group of workers is writing it anew already."""
+        try:
+            for folder in (*self._thetas.folders(t), self._run.checkpoint(t)):
+                self._run.storage.commit(folder)
+        except FileNotFoundError:
+            if group == self._learner.group():
+                raise
+            return False
+        return True
 
     def _audited(self, version: int, audit: Audit | None) -> None:
         if version < self._last:
             self._first_losses.audited(version, audit)
+
+    def _answers(self, asked: Sequence[int]) -> Iterator[Any]:
+        """The learner's to what was posted; where the players take turns, after all of them the opponent has the devices."""
+        if not self._turns:
+            return map(self._result, asked)
+        self._turns.give_to(MAIN_PLAYER)
+        answers = [self._result(key) for key in asked]
+        self._turns.give_to(OPPONENT)
+        return iter(answers)
 
     def _result(self, key: int) -> Any:
         """What the learner has to answer at an iteration's border, where a new group of workers may train once more first."""
@@ -259,4 +298,4 @@ class Made:
     group: int
     """Number of the group of workers that made it."""
     next_training: int | None
-    """The command that trains against it; None: that was the last iteration."""
+    """The command that trains against it, if it is posted; None: that was the last iteration, or it is not the main player's turn."""

@@ -17,6 +17,7 @@ from spin_ray.storage import readable_disk_errors
 COLOURS = {
     "train": "#2a7f4f", "score": "#8fc7a4", "play": "#2f6db3", "evaluate": "#a9c6e8", "audit": "#7d5ba6",
     "publish": "#e08a1e", "load": "#b3541e", "save": "#c9a227",
+    "sleep": "#8a8f98", "rest": "#8a8f98", "wake": "#5f6670",
 }
 IDLE = "#f2f0ec"
 MOST_ROWS = 16

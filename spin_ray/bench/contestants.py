@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
-from spin_ray.bench.workload import load_pairs
+from spin_ray.bench.workload import ADAPTER, load_pairs
+from spin_ray.exchange.adapters import WEIGHTS
 from spin_ray.learner.meters import peak_resident_gib
 from spin_ray.losses import PairObjective
-from spin_ray.records import Pair, opponent_reference
+from spin_ray.records import Pair, Saved, opponent_reference
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Settings:
     trl_batch: int
     """trl: pairs of one forward pass; its default is 8."""
     trl_best_batch: int
+    lora_rank: int = 0
+    """0: all weights are trained; else an adapter of this rank, the same for every contestant, of all layers below the output layer."""
 
 
 class Turns:
@@ -92,8 +96,8 @@ def ours(folder: Path, settings: Settings, batches: list[list[Pair]], turns: Tur
         zero_stage=0, optimizer=settings.optimizer, grad_clip=settings.grad_clip, batch_pairs=settings.batch_pairs,
         pack_tokens=settings.pack_tokens, activation_checkpointing=settings.checkpointing,
     )
-    hardware = Hardware(settings.device, settings.dtype, 0, int(cuda), 1e-3, not cuda, 1, backend)
-    player = MainPlayer(str(folder / "model"), config, hardware)
+    hardware = Hardware(settings.device, settings.dtype, 0, int(cuda), 1e-3, True, 1, backend)
+    player = MainPlayer(Saved(str(folder / "model"), str(folder / ADAPTER) if settings.lora_rank else None), config, hardware)
     player.begin_iteration()
     objective = PairObjective(settings.beta)
     for batch in batches:
@@ -109,11 +113,16 @@ def naive(folder: Path, settings: Settings, batches: list[list[Pair]], turns: Tu
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, settings.dtype)).to(settings.device)
+    if settings.lora_rank:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True)  # changes the model itself
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
     model.train()
     kind = {"adamw": functools.partial(torch.optim.AdamW, weight_decay=0.0), "rmsprop": torch.optim.RMSprop}[settings.optimizer]
-    optimizer = kind(model.parameters(), lr=settings.lr)
+    optimizer = kind([parameter for parameter in model.parameters() if parameter.requires_grad], lr=settings.lr)
     for batch in batches:
         turns.wait()
         total = 0.0
@@ -199,10 +208,20 @@ def _train_with_trl(
         per_device_train_batch_size=per_device, gradient_accumulation_steps=settings.batch_pairs // per_device,
         **({} if settings.optimizer == "adamw" else {"optim": "rmsprop"}), **options,
     )
+    peft = {}
+    if settings.lora_rank:
+        from peft import PeftConfig
+
+        peft = {"peft_config": PeftConfig.from_pretrained(str(folder / ADAPTER))}
+        peft["peft_config"].inference_mode = False  # with it, as in files, nothing would be trained
     trainer = Tokenised(
         model=str(folder / "model"), args=args, train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"), callbacks=[TakeTurns()],
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"), callbacks=[TakeTurns()], **peft,
     )
+    if settings.lora_rank:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(trainer.model, load_file(folder / ADAPTER / WEIGHTS))  # else it has drawn its own
     trainer.train()
 
 

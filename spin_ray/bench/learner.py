@@ -49,6 +49,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--trl-batch", type=int, default=8, help="pairs of one forward pass of trl; 8 is its default")
     parser.add_argument("--trl-best-batch", type=int, help="the same for trl_best")
     parser.add_argument("--optimizer", choices=("adamw", "rmsprop"), help="adamw on the CPU, rmsprop on a GPU")
+    parser.add_argument("--lora", type=int, nargs="?", const=16, default=0, metavar="RANK", help="train an adapter, of rank 16 by default")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -66,7 +67,7 @@ def _settings(model: str, options: argparse.Namespace) -> Any:
         device=options.device, dtype="bfloat16" if cuda else "float32", batch_pairs=options.batch_pairs,
         optimizer=options.optimizer or ("rmsprop" if cuda else "adamw"), lr=1e-5 if cuda else 1e-4, beta=0.1, grad_clip=1.0,
         checkpointing=options.checkpointing or model == "zephyr-7b", pack_tokens=options.pack_tokens or (16_384 if cuda else 448),
-        trl_batch=options.trl_batch, trl_best_batch=options.trl_best_batch or (8 if cuda else 1),
+        trl_batch=options.trl_batch, trl_best_batch=options.trl_best_batch or (8 if cuda else 1), lora_rank=options.lora,
     )
 
 
@@ -78,6 +79,8 @@ def run(folder: Path, model: str, options: argparse.Namespace) -> dict[str, dict
         raise BadInput(f"--model {model}: choose from {', '.join(workload.SHAPES)}")
     settings = _settings(model, options)
     workload.save_model(folder / "model", model, seed=options.seed)
+    if options.lora:
+        workload.save_adapter(folder, rank=options.lora, seed=options.seed)
     pairs = workload.random_pairs(
         (options.steps + 1) * settings.batch_pairs, vocab_size=workload.SHAPES[model]["vocab_size"], seed=options.seed
     )

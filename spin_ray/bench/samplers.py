@@ -74,7 +74,7 @@ def _try(family: str) -> dict[str, str]:
     from spin_ray.bench.tiny import save_tiny
     from spin_ray.config import Config
     from spin_ray.placement import choose_hardware
-    from spin_ray.records import Version
+    from spin_ray.records import Saved, Version
     from spin_ray.sampler.engine import OpponentEngine
 
     hardware = choose_hardware(Config(), {"CPU": 2, "GPU": float(torch.cuda.is_available())})
@@ -86,7 +86,7 @@ def _try(family: str) -> dict[str, str]:
         moments = list(states(family, folder))  # before vLLM is imported: it changes classes of transformers
         try:
             engine = OpponentEngine(
-                str(folder), version=Version(0), dtype="float32", max_model_len=128, seed=0,
+                Saved(str(folder)), version=Version(0), dtype="float32", max_model_len=128, seed=0,
                 settings={**hardware.engine, "skip_tokenizer_init": True, "max_num_batched_tokens": 256},
             )
             for number, (step, state) in enumerate(zip(("load", "reload", "again"), moments, strict=True)):

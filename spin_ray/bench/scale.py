@@ -30,13 +30,15 @@ from spin_ray.learner.group import Learner
 from spin_ray.manifest import RunDir
 from spin_ray.model import inspect_model
 from spin_ray.placement import choose_hardware
+from spin_ray.players import Players, as_placed
 from spin_ray.preflight import Proof
-from spin_ray.records import Prompt, Version
+from spin_ray.records import Prompt, Saved, Version
 from spin_ray.sampler.fake import FakeFleet, FakeSampler, FleetMember
 from spin_ray.sampler.pool import Limits, start_pool
-from spin_ray.selfplay import Players, Prepared, SelfPlay
+from spin_ray.selfplay import Prepared, SelfPlay
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
+from spin_ray.theta import thetas_of
 from spin_ray.timeline import iteration_windows, read_spans
 from spin_ray.tracking import Tracker
 
@@ -105,27 +107,47 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     }
 
 
-def start_fakes(count: int, speed: float) -> list[FleetMember]:
+@dataclass(frozen=True)
+class TurnCosts:
+    """Seconds that it takes a player to give its memory back, and to take it again."""
+
+    sleep_s: float = 0.0
+    """The opponent."""
+    wake_s: float = 0.0
+    rest_s: float = 0.0
+    """The main player."""
+    return_s: float = 0.0
+
+
+def start_fakes(count: int, speed: float, costs: TurnCosts = TurnCosts()) -> list[FleetMember]:
     """Handles of `count` replicas. Several share a process: 64 idle actors take most of a core by themselves."""
     actor = ray.remote(num_cpus=0, max_concurrency=1000)(FakeFleet)
-    samplers = [FakeSampler(Version(0), prompts_per_s=speed, scores_per_s=speed * SCORES_PER_SAMPLE) for _ in range(count)]
+    times = {"prompts_per_s": speed, "scores_per_s": speed * SCORES_PER_SAMPLE, "sleep_s": costs.sleep_s, "wake_s": costs.wake_s}
+    samplers = [FakeSampler(Version(0), **times) for _ in range(count)]
     parts = [samplers[start : start + REPLICAS_PER_PROCESS] for start in range(0, count, REPLICAS_PER_PROCESS)]
     fleets = [actor.remote(part) for part in parts]
     return [FleetMember(fleet, member) for fleet, part in zip(fleets, parts, strict=True) for member in range(len(part))]
 
 
-def play(config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int, *, weights_mib: float = 0.0) -> None:
+def play(
+    config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int, *, weights_mib: float = 0.0,
+    costs: TurnCosts = TurnCosts(),
+) -> None:
     """The whole loop with fake players."""
     facts, rng = inspect_model(config), np.random.default_rng(0)
     ids = rng.integers(5, 500, (num_prompts, 52)).astype(np.int32)
     prompts = [Prompt(number, row[:40], row[40:]) for number, row in enumerate(ids)]
     prepared = Prepared(prompts, [], write_prompts(run, prompts, config.sampler.block_prompts))
     hardware = choose_hardware(config, ray.cluster_resources())
-    samplers = start_fakes(config.sampler.num_replicas, speed)
+    samplers = start_fakes(config.sampler.num_replicas, speed, costs)
     ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs
     pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs))
-    make_player = functools.partial(make_fake_player, pairs_per_s=rates, weights_mib=weights_mib)
-    learner = Learner(config, hardware, model_path="", logs=run.logs, make_player=make_player)
+    make_player = functools.partial(
+        make_fake_player, pairs_per_s=rates, weights_mib=weights_mib, rest_s=costs.rest_s, wake_s=costs.return_s
+    )
+    learner = Learner(config, hardware, saved=Saved(""), logs=run.logs, make_player=make_player)
     with Tracker(config, run.path) as tracker, open(os.devnull, "w") as nowhere:
-        SelfPlay(config, run, facts, prepared, hardware, Players(pool, learner), Proof(), tracker, Terminal(nowhere), Interrupts()).play()
+        thetas, terminal, players = thetas_of(config, run, facts), Terminal(nowhere), Players(pool, learner, hardware.takes_turns)
+        config = as_placed(config, hardware, terminal.say)
+        SelfPlay(config, thetas, facts, prepared, hardware, players, Proof(), tracker, terminal, Interrupts()).play()
     learner.stop()

@@ -61,6 +61,18 @@ def save_model(folder: Path, shape: str, *, seed: int = 0, **changes: Any) -> No
     ).save_pretrained(folder)
 
 
+ADAPTER = "adapter"
+"""Its folder beside the model's."""
+
+
+def save_adapter(folder: Path, *, rank: int, seed: int = 0) -> None:
+    """Write an adapter that changes nothing yet of the model in `folder`/model."""
+    from spin_ray.config import LoraConfig
+    from spin_ray.theta import new_adapter_of
+
+    new_adapter_of(str(folder / "model"), LoraConfig(rank=rank), seed=seed).write(folder / ADAPTER)
+
+
 def random_pairs(count: int, *, vocab_size: int, lengths: Lengths = Lengths(), seed: int = 0) -> list[Pair]:
     """Pairs of random tokens, with zeros for references."""
     rng = np.random.default_rng(seed)

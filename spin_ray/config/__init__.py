@@ -10,7 +10,9 @@ from spin_ray.config.inputs import DataConfig, ModelConfig
 from spin_ray.config.keys import at
 from spin_ray.config.learner import LearnerConfig
 from spin_ray.config.load import load_config, read_yaml, with_overrides
+from spin_ray.config.lora import LoraConfig
 from spin_ray.config.overlap import OverlapConfig, ReferenceConfig
+from spin_ray.config.placement import PlacementConfig
 from spin_ray.config.run import RunConfig
 from spin_ray.config.sampler import SamplerConfig
 from spin_ray.config.schema import Config, check
@@ -19,7 +21,7 @@ from spin_ray.config.tracking import TrackingConfig, WandbConfig
 from spin_ray.config.values import changes_result, differences, flatten, to_json
 
 __all__ = [
-    "AuditConfig", "Config", "DataConfig", "DpoConfig", "GuardConfig", "LearnerConfig", "ModelConfig", "OverlapConfig", "PairLossConfig",
-    "ReferenceConfig", "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig", "WandbConfig",
-    "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml", "to_json", "with_overrides",
+    "AuditConfig", "Config", "DataConfig", "DpoConfig", "GuardConfig", "LearnerConfig", "LoraConfig", "ModelConfig", "OverlapConfig",
+    "PairLossConfig", "PlacementConfig", "ReferenceConfig", "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig",
+    "WandbConfig", "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml", "to_json", "with_overrides",
 ]

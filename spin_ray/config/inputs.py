@@ -13,8 +13,12 @@ from spin_ray.config.keys import at_least, one_of
 class ModelConfig:
     path: str = MISSING
     """Folder of a Hugging Face model with its tokenizer, a hub name, or demo:sft / demo:base."""
+    adapter: str = ""
+    """Folder of a low-rank adapter of that model, as peft writes it: theta_0 is both together. Empty: none."""
     dtype: str = one_of("auto", choices=("auto", "float32", "bfloat16"))
     """Weights in sampler and learner's forward: float32, bfloat16, or auto (bfloat16 on GPUs, else float32)."""
+    quantization: str = one_of("", choices=("", "nf4"))
+    """nf4: the base, under an adapter, is what 4 bits per weight stand for, and the learner holds those; empty: as it is."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model."""
     chat_template: str = ""

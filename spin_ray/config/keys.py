@@ -14,7 +14,7 @@ def at_least(least: float, default: Any) -> Any:
     return field(default=default, metadata={"least": least})
 
 
-def within(interval: str, default: float) -> Any:
+def within(interval: str, default: float | None) -> Any:
     """A number in an interval such as "(0, 1]": a round bracket leaves the end out."""
     return field(default=default, metadata={"interval": interval})
 

@@ -9,10 +9,11 @@ from spin_ray.config.keys import one_of, within
 
 @dataclass
 class ReferenceConfig:
-    scorer: str = one_of("opponent", choices=("opponent", "frozen", "learner"))
+    scorer: str = one_of("auto", choices=("auto", "opponent", "frozen", "learner"))
     """Who computes the reference log-probs: opponent (the sampler, while it samples; no memory in the learner), frozen (the
     learner, block by block, with a copy of theta_t: exact, one copy of the weights), or learner (the learner, before the
-    iteration's first step: exact, no memory, but training starts when all is sampled)."""
+    iteration's first step: exact, no memory, but training starts when all is sampled). auto: opponent; with model.quantization frozen,
+    as the learner's 4-bit kernels and the sampler's do not round alike."""
 
 
 @dataclass

@@ -34,5 +34,5 @@ class SamplerConfig:
     max_restarts: int = at_least(0, 5)
     """Restarts of replicas that are put up with within `restart_window_s`; one more stops the run with the first error."""
     restart_window_s: float = at_least(0, 600.0)
-    gpu_memory_utilization: float = within("(0, 1]", 0.9)
-    """Share of a GPU's memory for the engine."""
+    gpu_memory_utilization: float | None = within("(0, 1]", None)
+    """Share of a GPU's memory for the engine. None: 0.9, or with placement.mode=shared what a learner that rests leaves, if less."""

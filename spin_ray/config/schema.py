@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from spin_ray.config.guard import AuditConfig, GuardConfig
 from spin_ray.config.inputs import DataConfig, ModelConfig
 from spin_ray.config.keys import check_limits, check_schedules, one_of
 from spin_ray.config.learner import LearnerConfig
+from spin_ray.config.lora import LoraConfig
 from spin_ray.config.overlap import OverlapConfig, ReferenceConfig
+from spin_ray.config.placement import PlacementConfig
 from spin_ray.config.run import RunConfig
 from spin_ray.config.sampler import SamplerConfig
 from spin_ray.config.spin import DpoConfig, SftConfig, SpinConfig
@@ -36,11 +39,20 @@ class Config:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def scorer(self) -> str:
+        """Who computes the reference log-probs: `reference.scorer`, decided."""
+        if self.reference.scorer == "auto":
+            return "frozen" if self.model.quantization else "opponent"
+        return self.reference.scorer
 
     @property
     def on_object_store(self) -> bool:
@@ -67,9 +79,20 @@ def check(config: Config) -> None:
             check_schedules(section, entry.name, iterations)
         if hasattr(section, "check"):
             section.check()
+    if config.model.quantization:
+        _check_quantization(config)
     if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":
         raise BadInput(
             "overlap.mode=lookahead does not go with reference.scorer=learner: blocks are played ahead so that training can start "
             "at once, but that scorer starts only when all blocks are there; choose opponent or frozen"
         )
 
+
+def _check_quantization(config: Config) -> None:
+    name = f"model.quantization={config.model.quantization}"
+    if not config.lora.rank:
+        raise BadInput(f"{name} needs lora.rank: weights of 4 bits cannot be trained, an adapter over them can")
+    if config.learner.zero_stage == 3:
+        raise BadInput(f"{name} does not go with learner.zero_stage=3, which would shard 4-bit weights as if they were numbers; set 2")
+    if find_spec("bitsandbytes") is None:
+        raise BadInput(f"{name} needs the package bitsandbytes, which is not installed: pip install bitsandbytes")

@@ -160,20 +160,28 @@ class PlayBlock:
 async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
     """Algorithm 1, lines 3-5: the opponent answers every prompt, and scores its own answer and, where replay has not, the real one."""
     prompts = await asyncio.to_thread(read_prompts, plan.run.prompts(block.index), plan.run.storage)
-    drawn = plan.pool.sample.remote(block.version, [p.prompt_ids for p in prompts], plan.settings[block.iteration], PLAY, block.place)
-    if not plan.score:
-        return [_pair(block, p, c, NO_LOGPS, NO_LOGPS) for p, c in zip(prompts, await drawn, strict=True)]
-    completions, real_logps = await asyncio.gather(drawn, _score_real(plan, block, prompts))
-    return [_pair(block, p, c, real, c.logps) for p, c, real in zip(prompts, completions, real_logps, strict=True)]
+    questions, settings = [p.prompt_ids for p in prompts], plan.settings[block.iteration]
+    real_logps = await _known_real(plan, block, prompts) if plan.score else [NO_LOGPS] * len(prompts)
+    if real_logps is None:
+        real = [p.real_ids for p in prompts]
+        answered = await plan.pool.play.remote(block.version, questions, settings, real, PLAY, block.place)
+    else:
+        completions = await plan.pool.sample.remote(block.version, questions, settings, PLAY, block.place)
+        answered = zip(completions, real_logps, strict=True)
+    return [_pair(block, p, c, real, c.logps if plan.score else NO_LOGPS) for p, (c, real) in zip(prompts, answered, strict=True)]
 
 
-async def _score_real(plan: PlayPlan, block: BlockSpec, prompts: Sequence[Prompt] | Sequence[Pair]) -> list[np.ndarray]:
-    """The real answers' log-probs: those of this iteration's latest replay of the same prompts, which comes first, or by a prefill each."""
+async def _known_real(plan: PlayPlan, block: BlockSpec, prompts: Sequence[Prompt] | Sequence[Pair]) -> list[np.ndarray] | None:
+    """The real answers' log-probs, if this iteration's latest replay of the same prompts, which comes first, has them."""
     replayed = await asyncio.to_thread(_replayed, plan, block)
     known = {pair.prompt_id: pair.opponent_real_logps for pair in replayed if _scored_by(pair) == block.version}
-    if all(prompt.prompt_id in known for prompt in prompts):
-        return [known[prompt.prompt_id] for prompt in prompts]
-    return await _score(plan, block, [p.prompt_ids for p in prompts], [p.real_ids for p in prompts])
+    return [known[prompt.prompt_id] for prompt in prompts] if all(prompt.prompt_id in known for prompt in prompts) else None
+
+
+async def _score_real(plan: PlayPlan, block: BlockSpec, pairs: Sequence[Pair]) -> list[np.ndarray]:
+    """The real answers' log-probs: known ones, or by a prefill each."""
+    known = await _known_real(plan, block, pairs)
+    return known or await _score(plan, block, [p.prompt_ids for p in pairs], [p.real_ids for p in pairs])
 
 
 async def _score(plan: PlayPlan, block: BlockSpec, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -3,15 +3,19 @@
 The row does not travel through the model's keyword arguments, which some families do not hand on to their layers: every
 module has a reference to one `CurrentRow`, which is told the row before the forward pass.
 
-On CUDA in half precision, trees without branches go to torch's variable-length flash attention in one call. Layers with
-sinks or a soft cap compute their scores in the open. Everything else takes one scaled_dot_product_attention per tree: no
-work is spent on, and no memory taken by, pairs of tokens in different trees.
+On CUDA in half precision rows go to torch's variable-length flash attention: in one call, or where trees have branches in two, the trunks
+on themselves, and the branches on their trunks and themselves. (A third way, the branches on trunks and on themselves apart and then put
+together by their log-sum-exp, has no gradient there.) Layers with sinks or a soft cap compute their scores in the open. Everything else
+takes one scaled_dot_product_attention per tree: no work is spent on, and no memory taken by, pairs of tokens in different trees.
 
 What a layer asks for and this file does not know is refused by name: an argument that is ignored gives wrong log-probs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,6 +44,7 @@ class CurrentRow:
     def __init__(self, lm: nn.Module):
         self._packed: Packed | None = None
         self._masks: dict[int | None, list[torch.Tensor | None]] = {}
+        self._cut: Cut | None = None
         self._called: dict[int, int | None] = {}
         for module in lm.modules():
             module.spin_row = self
@@ -52,7 +57,7 @@ class CurrentRow:
     @packed.setter
     def packed(self, packed: Packed) -> None:
         if packed is not self._packed:
-            self._packed, self._masks = packed, {}
+            self._packed, self._masks, self._cut = packed, {}, None
 
     def begin(self, packed: Packed) -> None:
         self.packed = packed
@@ -71,17 +76,82 @@ class CurrentRow:
     def masks(self, window: int | None) -> list[torch.Tensor | None]:
         """Every tree's mask, [length, length] bool, for layers that see `window` positions; None: causal. Made once per row."""
         if window not in self._masks:
-            self._masks[window] = [_within(tree, window, self.packed.position_ids) for tree in self.packed.trees]
+            self._masks[window] = [_mask(tree, window, self.packed.position_ids) for tree in self.packed.trees]
         return self._masks[window]
 
 
-def _within(tree: Tree, window: int | None, position_ids: torch.Tensor) -> torch.Tensor | None:
-    """The tree's mask without what lies `window` positions back or more. A branch's positions go on from its trunk's last."""
-    if window is None or tree.depth <= window:
-        return tree.mask
-    positions = position_ids[tree.start : tree.start + tree.length]
-    near = positions[:, None] - positions[None, :] < window
-    return near & (near.new_ones(near.shape).tril() if tree.mask is None else tree.mask)
+    def cut(self) -> Cut:
+        """The row in two calls. Made once per row."""
+        if self._cut is None:
+            self._cut = cut_in_two(self.packed.trees, self.packed.input_ids.device)
+        return self._cut
+
+
+def _mask(tree: Tree, window: int | None, position_ids: torch.Tensor) -> torch.Tensor | None:
+    """[length, length] bool, True where the row's token may attend to the column's: causal, a branch sees only the trunk and itself, and
+    nothing that lies `window` positions back or more. None where that is causal. A branch's positions go on from its trunk's last.
+    """
+    narrow = window is not None and tree.depth > window
+    if not (tree.forks or narrow):
+        return None
+    mask = torch.ones(tree.length, tree.length, dtype=torch.bool, device=position_ids.device).tril()
+    if tree.forks:
+        lengths = torch.tensor([tree.trunk, *tree.branches], device=mask.device)
+        branch = torch.repeat_interleave(torch.arange(len(lengths), device=mask.device), lengths)
+        mask &= (branch[None, :] == 0) | (branch[None, :] == branch[:, None])
+    if narrow:
+        positions = position_ids[tree.start : tree.start + tree.length]
+        mask &= positions[:, None] - positions[None, :] < window
+    return mask
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Tokens of a row as sequences of their own."""
+
+    places: torch.Tensor
+    """[sum of lengths] int64, in the row."""
+    starts: torch.Tensor
+    """[number + 1] int32, where each begins among `places`."""
+    longest: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A row in two calls: trunks attend to themselves, branches to `seen`."""
+
+    trunks: Pieces
+    branches: Pieces
+    seen: Pieces
+    """For every branch its trunk, and then itself. In line at their ends with the branches, so that causal is what it is in the tree."""
+    back: torch.Tensor
+    """[T] int64: where each token of the row is among trunks and then branches."""
+
+
+def cut_in_two(trees: Sequence[Tree], device: torch.device) -> Cut:
+    """A tree that plain causal attention is enough for is one trunk."""
+    trunks, branches, seen = [], [], []
+    for tree in trees:
+        if not tree.forks:
+            trunks.append([(tree.start, tree.length)])
+            continue
+        trunk, place = (tree.start, tree.trunk), tree.start + tree.trunk
+        trunks.append([trunk])
+        for length in tree.branches:
+            if length:
+                branches.append([(place, length)])
+                seen.append([trunk, (place, length)])
+            place += length
+    made = [_pieces(spans, device) for spans in (trunks, branches, seen)]
+    return Cut(*made, back=torch.cat([made[0].places, made[1].places]).argsort())
+
+
+def _pieces(sequences: list[list[tuple[int, int]]], device: torch.device) -> Pieces:
+    """Each sequence as spans of the row, (start, length)."""
+    places = [torch.arange(start, start + length) for spans in sequences for start, length in spans]
+    lengths = [sum(length for _, length in spans) for spans in sequences]
+    starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    return Pieces(torch.cat(places).to(device), starts.to(device), max(lengths))
 
 
 def packed_attention(
@@ -100,11 +170,11 @@ def packed_attention(
     if key.shape[2] != len(row.packed.input_ids):
         raise BadInput(f"{type(module).__name__}: attends to {key.shape[2]} tokens of a row of {len(row.packed.input_ids)}; {_SEE}")
     row.note(module)
-    masks, scale = row.masks(sliding_window), query.shape[-1] ** -0.5 if scaling is None else scaling
-    if s_aux is None and softcap is None and _one_call(query, value, row.packed):
-        return _varlen(query, key, value, row.packed, scale, sliding_window), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if s_aux is None and softcap is None and _has_kernel(query, value):
+        return _by_kernel(query, key, value, row, scale, sliding_window), None
     lengths = [tree.length for tree in row.packed.trees]
-    pieces = zip(masks, *(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    pieces = zip(row.masks(sliding_window), *(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     if s_aux is None and softcap is None:
         gqa = key.shape[1] != query.shape[1]
         outputs = [
@@ -140,25 +210,36 @@ def _in_the_open(
     return torch.softmax(scores, dim=-1)[..., : key.shape[2]].to(value.dtype) @ value
 
 
-def _one_call(query: torch.Tensor, value: torch.Tensor, packed: Packed) -> bool:
+def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
-    flash = query.shape[-1] == value.shape[-1] <= 256
-    return query.is_cuda and half and flash and all(tree.mask is None for tree in packed.trees)
+    return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256
 
 
 def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed, scale: float, window: int | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, own: Pieces, seen: Pieces, scale: float, window: int | None
 ) -> torch.Tensor:
+    """Sequences of their own, [T, heads, dim]: each attends to as many in `seen`, causal, in line at their ends."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(tree.length for tree in packed.trees)
-    flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
-    back = -1 if window is None or window > longest else window - 1  # so many tokens before its own
-    out = varlen_attn(
-        *flat, packed.starts, packed.starts, longest, longest, scale=scale, window_size=(back, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
+    back = -1 if window is None or window > seen.longest else window - 1  # so many tokens before its own
+    return varlen_attn(
+        query.contiguous(), key.contiguous(), value.contiguous(), own.starts, seen.starts, own.longest, seen.longest, scale=scale,
+        window_size=(back, 0), enable_gqa=key.shape[1] != query.shape[1],
     )
-    return out[None]
+
+
+def _by_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: CurrentRow, scale: float, window: int | None
+) -> torch.Tensor:
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if not any(tree.forks for tree in row.packed.trees):
+        whole = Pieces(row.packed.position_ids, row.packed.starts, max(tree.length for tree in row.packed.trees))
+        return _varlen(query, key, value, whole, whole, scale, window)[None]
+    cut = row.cut()
+    trunks, branches, seen = cut.trunks.places, cut.branches.places, cut.seen.places
+    on_themselves = _varlen(query[trunks], key[trunks], value[trunks], cut.trunks, cut.trunks, scale, window)
+    on_both = _varlen(query[branches], key[seen], value[seen], cut.branches, cut.seen, scale, window)
+    return torch.cat([on_themselves, on_both])[cut.back][None]
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -6,6 +6,7 @@ The learner lives through all iterations in ONE Ray Train `fit()`; its workers a
 |---|---|---|
 | worker | command k | driver's `post` of command k |
 | worker | block k of iteration t | driver's `put_block`, in any order |
+| worker before it joins, or after it has given its devices away | its turn | `let_in` |
 | worker whose step diverged | the driver's decision | `roll_back`, or `fail` |
 | driver | result of command k, or what it announced under another key | rank 0's `answer` |
 | driver | a new group of workers, after what the last one published is lost | its `join` |
@@ -32,7 +33,7 @@ from typing import Any
 import ray
 
 from spin_ray.errors import RunStopped
-from spin_ray.records import Version
+from spin_ray.records import Saved, Version
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Failure:
 class Base:
     """Where a group of workers starts: theta_t, and the command that trains it."""
 
-    model_path: str
+    saved: Saved
     checkpoint_path: str | None
     """DeepSpeed checkpoint of the same weights, for the fp32 masters of a bf16 run."""
     first_command: int = 0
@@ -68,8 +69,10 @@ class Joined:
 class Coordinator:
     """An async actor with no CPU of its own. Plain class: its contract is tested without Ray."""
 
-    def __init__(self, base: Base, *, max_restarts: int = 0, rollbacks: int = 0) -> None:
+    def __init__(self, base: Base, *, max_restarts: int = 0, rollbacks: int = 0, at_rest: bool = False) -> None:
         self._base = base
+        self._at_rest = at_rest
+        """Somebody else holds the devices."""
         self._group = 0
         self._max_restarts, self._deaths = max_restarts, 0
         self._first_death = ""
@@ -97,8 +100,25 @@ class Coordinator:
             self._changed.notify_all()
         return number
 
+    async def turn(self) -> Any:
+        """Wait until the workers may use their devices."""
+        return await self._wait(lambda: not self._at_rest, lambda: None)
+
+    async def give_away(self, number: int, result: Any, group: int) -> None:
+        """The workers' devices are free: leave the result of the command that asked for it. No later group carries it out again."""
+        async with self._changed:
+            if group == self._group:
+                self._at_rest, self._results[number], self._commands[number] = True, result, None
+                self._changed.notify_all()
+
+    async def let_in(self) -> None:
+        """It is the workers' turn."""
+        async with self._changed:
+            self._at_rest = False
+            self._changed.notify_all()
+
     async def command(self, number: int) -> Any:
-        """What was posted under this number, once it is."""
+        """What was posted under this number, once it is; None: it is done with."""
         return await self._wait(lambda: number in self._commands, lambda: self._commands[number])
 
     async def answer(self, key: int | Version, result: Any, group: int | None = None) -> None:

@@ -23,8 +23,10 @@ from transformers import AutoConfig
 
 from spin_ray.config import LearnerConfig
 from spin_ray.errors import BadInput
+from spin_ray.exchange.adapters import AdapterFiles
 from spin_ray.families import auto_class
 from spin_ray.learner import attention
+from spin_ray.learner.adapter import Adapter, linear_layers
 from spin_ray.learner.export import check_export_names, read_beside, write_model
 from spin_ray.learner.logps import PolicyLogps, body
 from spin_ray.learner.meters import ModelFlops, peak_flops, peak_memory_gib, row_use
@@ -32,11 +34,13 @@ from spin_ray.learner.modes import checkpoint_activations, layers_of, quieten
 from spin_ray.learner.names import FolderNames, Group
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.learner.proof import NUM_PARAMETERS, TOLERANCES, Facts, compare
+from spin_ray.learner.quantized import plain, quantize, true_shape
+from spin_ray.learner.resting import Resting
 from spin_ray.losses import GENERATED, REAL, LikelihoodObjective, PairLogps, PairObjective
 from spin_ray.model import refuse_unsupported
 from spin_ray.placement import Hardware
 from spin_ray.places import drop_left_build_locks
-from spin_ray.records import NUM_ANSWERS, NUM_PARTS, Pair
+from spin_ray.records import NUM_ANSWERS, NUM_PARTS, Pair, Saved
 
 _REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
 
@@ -48,17 +52,22 @@ class MainPlayer:
     """
 
     def __init__(
-        self, model_path: str, config: LearnerConfig, hardware: Hardware, *, trust_remote_code: bool = False, chat_template: str = "",
-        proof_pairs: Sequence[Pair] = (),
+        self, saved: Saved, config: LearnerConfig, hardware: Hardware, *, trust_remote_code: bool = False, chat_template: str = "",
+        proof_pairs: Sequence[Pair] = (), quantized: bool = False,
     ):
-        """`chat_template`: as in `model.chat_template`. `proof_pairs`: on these `proof` is computed; no pairs, no proof."""
-        self._config, self._hardware = config, hardware
+        """`chat_template`: as in `model.chat_template`. `proof_pairs`: on these `proof` is computed; no pairs, no proof. `quantized`: the
+        base is held in 4 bits.
+        """
+        self._config, self._hardware, model_path = config, hardware, saved.model
         self.model_path = model_path
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(hardware.device, torch.cuda.current_device() if hardware.device == "cuda" else 0)
         self._lm = load_model(model_path, dtype=getattr(torch, hardware.dtype))
         check_export_names(self._lm, Path(model_path))  # the driver has said what is left out
         self._beside = read_beside(model_path, trust_remote_code=trust_remote_code, chat_template=chat_template) if self.rank == 0 else {}
+        if quantized:
+            quantize(self._lm, linear_layers(self._lm), self.device)
+        self._adapter = Adapter(self._lm, Path(saved.adapter)) if saved.adapter else None
         if config.activation_checkpointing or self._lm.supports_gradient_checkpointing:
             self._lm.gradient_checkpointing_enable()  # _checkpoint decides, row by row
         self._flops, self._peak_flops = ModelFlops.of(self._lm), peak_flops(self.device, self._lm.dtype)
@@ -68,8 +77,10 @@ class MainPlayer:
         self.proof = self._prove(policy, proof_pairs) if proof_pairs and self._fits_whole() else None
         if config.compile:
             _compile_layers(self._lm)
-        optimizer = _optimizer(config, policy.parameters())
+        optimizer = _optimizer(config, self._trained().values())
         self._grad_norm = 0.0
+        self._resting: Resting | None = None
+        """While the device is somebody else's."""
         self._copies: dict[str, list[torch.Tensor]] = {}
         """This rank's part of other weights, by the names that they were kept under."""
         if self._bare:
@@ -83,6 +94,10 @@ class MainPlayer:
         quieten(policy)  # DeepSpeed asks no module for its mode
         if proof_pairs and not self.proof:
             self.proof = self._prove(policy, proof_pairs, num_parameters=0)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        """Name in memory -> parameter, of all that is trained."""
+        return {name: parameter for name, parameter in self._lm.named_parameters() if parameter.requires_grad}
 
     def _fits_whole(self) -> bool:
         """Whether the device has room for all weights, and as much again for two passes over a few rows: before they are sharded."""
@@ -118,13 +133,27 @@ class MainPlayer:
 
     def begin_iteration(self) -> None:
         """Forget the optimizer's moments: as in the paper, every iteration is a fresh fine-tuning from theta_t."""
+        for moment in self._moments():
+            moment.zero_()
+
+    def _moments(self) -> list[torch.Tensor]:
+        """The optimizer's state."""
         optimizer = self._engine.optimizer
         while hasattr(optimizer, "optimizer"):  # ZeRO wraps the optimizer that holds the state
             optimizer = optimizer.optimizer
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    value.zero_()
+        return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+
+    def rest(self) -> None:
+        """Free the GPU's memory. What an iteration begins without is forgotten: the optimizer's moments, and the copy of theta_t."""
+        if self.device.type == "cuda":
+            self._copies.pop("opponent", None)
+            self._resting = Resting(self.device, self._moments())
+
+    def wake(self) -> None:
+        """Take the memory back, with all else that was in it."""
+        if self._resting:
+            self._resting.end()
+            self._resting = None
 
     def step(
         self, pairs: Sequence[Pair], references: np.ndarray, *, objective: PairObjective | LikelihoodObjective, lr: float
@@ -185,28 +214,31 @@ class MainPlayer:
         num_tokens = torch.tensor([[len(answer) for answer in pair.answers] for pair in pairs], device=self.device)
         return PairLogps(policy, known[:, 0], num_tokens, known[:, 1] if known.shape[1] > 1 else None)
 
-    def keep_copy(self, name: str, model_path: str | None = None) -> None:
-        """Keep this rank's part of the present weights, or of those in a model's folder, for `score(..., copy=name)`. A collective.
+    def keep_copy(self, name: str, saved: Saved | None = None) -> None:
+        """Keep this rank's part of the present weights, or of those that lie somewhere, for `score(..., copy=name)`. A collective.
 
-        Weights of a folder are kept once; of the present ones the latest.
+        Of all that is trained: with an adapter that alone. What lies somewhere is kept once; of the present ones the latest.
         """
-        if model_path is None:
+        if saved is None:
             self._copies[name] = [tensor.detach().clone() for tensor in self._weight_storage()]
         elif name not in self._copies:
-            self._copies[name] = self._own_part(load_model(model_path, dtype=self._lm.dtype))
+            self._copies[name] = [self._own_part(*each) for each in zip(self._trained().values(), self._lying_at(saved), strict=True)]
 
-    def _own_part(self, lm: torch.nn.Module) -> list[torch.Tensor]:
-        """Of another model of the same shape what this rank holds of ours."""
-        others = dict(PolicyLogps(lm).lm.named_parameters())
-        parts = []
-        for name, parameter in self._lm.named_parameters():
-            whole = others[name].detach().to(self.device)
-            if self._config.zero_stage == 3:  # DeepSpeed's shards: equal parts of the flat parameter, padded at its end
-                size = parameter.ds_tensor.numel()
-                padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
-                whole = padded[self.rank * size : (self.rank + 1) * size].clone()
-            parts.append(whole)
-        return parts
+    def _lying_at(self, saved: Saved) -> list[torch.Tensor]:
+        """Of weights on disk what is trained here, in our order."""
+        if self._adapter:
+            return self._adapter.read(Path(saved.adapter))
+        others = dict(PolicyLogps(load_model(saved.model, dtype=self._lm.dtype)).lm.named_parameters())
+        return [others[name] for name in self._trained()]
+
+    def _own_part(self, parameter: torch.nn.Parameter, other: torch.Tensor) -> torch.Tensor:
+        """Of another tensor of the same shape what this rank holds of ours."""
+        whole = other.detach().to(self.device)
+        if self._config.zero_stage != 3:
+            return whole
+        size = parameter.ds_tensor.numel()  # DeepSpeed's shards: equal parts of the flat parameter, padded at its end
+        padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
+        return padded[self.rank * size : (self.rank + 1) * size].clone()
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair], *, copy: str | None = None) -> np.ndarray:
@@ -236,15 +268,15 @@ class MainPlayer:
 
     def _point_weights_at(self, memory: Sequence[torch.Tensor]) -> None:
         if self._config.zero_stage == 3:
-            for parameter in self._lm.parameters():
+            for parameter in self._trained().values():
                 if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered: drop that copy
                     parameter.partition()
         for tensor, data in zip(self._weight_storage(), memory, strict=True):
             tensor.data = data
 
     def _weight_storage(self) -> list[torch.Tensor]:
-        """The tensors that hold this rank's weights: whole parameters, or under ZeRO-3 their shards."""
-        return [p.ds_tensor if self._config.zero_stage == 3 else p for p in self._lm.parameters()]
+        """The tensors that hold this rank's part of what is trained: whole parameters, or under ZeRO-3 their shards."""
+        return [p.ds_tensor if self._config.zero_stage == 3 else p for p in self._trained().values()]
 
     @torch.no_grad()
     def token_logps(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
@@ -264,7 +296,7 @@ class MainPlayer:
 
     def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """All weights and persistent buffers with the names and shapes of the model's folder, in buckets of about `bucket_bytes`,
-        on the CPU; other ranks than 0 get empty lists.
+        on the CPU; other ranks than 0 get empty lists. An adapter is merged into copies.
 
         Under ZeRO-3 a bucket is gathered when it is asked for, so no rank ever holds more than one in full. Its tensors may be
         the live weights: use or copy them before the next bucket.
@@ -274,7 +306,7 @@ class MainPlayer:
         size = 0
         for group in names.groups:
             bucket.append(group)
-            size += sum(getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size() for tensor in names.of(group))
+            size += sum(true_shape(tensor).numel() for tensor in names.of(group)) * self._lm.dtype.itemsize
             if size >= bucket_bytes:
                 yield from self._gathered(names, bucket)
                 bucket, size = [], 0
@@ -282,15 +314,34 @@ class MainPlayer:
             yield from self._gathered(names, bucket)
 
     def _gathered(self, names: FolderNames, bucket: list[Group]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        sharded = [tensor for group in bucket for tensor in names.of(group) if isinstance(tensor, torch.nn.Parameter)]
-        with deepspeed.zero.GatheredParameters(sharded, enabled=self._config.zero_stage == 3):
-            if self.rank != 0:
-                yield []
-            else:
-                yield [
-                    entry for group in bucket
-                    for entry in names.convert(group, [tensor.detach().cpu() for tensor in names.of(group)]).items()
-                ]
+        own = [tensor for group in bucket for tensor in names.of(group)]
+        adapters = [part for group in bucket for name in group.members for part in (self._adapter.of(name) if self._adapter else ())]
+        with self._whole([tensor for tensor in [*own, *adapters] if isinstance(tensor, torch.nn.Parameter)]):
+            yield [] if self.rank else [
+                entry for group in bucket for entry in names.convert(group, [
+                    self._merged(name, plain(tensor)).cpu() for name, tensor in zip(group.members, names.of(group), strict=True)
+                ]).items()
+            ]
+
+    def _merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return self._adapter.merged(name, weight) if self._adapter else weight
+
+    def _whole(self, parameters: list[torch.nn.Parameter]) -> Any:
+        """While the body runs, every rank has these in full; the ranks enter and leave together."""
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self._config.zero_stage == 3)
+
+    def adapter_weights(self) -> AdapterFiles | None:
+        """The adapter as its folder has it, on the CPU, live where it lies there; None on other ranks than 0, and without an adapter.
+        A collective.
+        """
+        if self._adapter is None:
+            return None
+        parameters = self._adapter.parameters
+        with self._whole(list(parameters.values())):
+            tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+            if self._config.zero_stage == 3:
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        return None if self.rank else self._adapter.files(tensors)
 
     @property
     def tied_names(self) -> dict[str, str]:
@@ -310,16 +361,21 @@ class MainPlayer:
             for _ in buckets:  # gathering takes every rank, also when one of them could not write
                 pass
 
+    def export_adapter(self, folder: Path) -> None:
+        """Write the adapter's folder, as peft and vLLM read it. A collective."""
+        if files := self.adapter_weights():
+            files.write(folder)
+
     def save_checkpoint(self, folder: Path) -> None:
-        """DeepSpeed checkpoint, a file per rank: the fp32 master weights that a bf16 export does not hold."""
-        self._engine.save_checkpoint(str(folder), tag="state")
+        """DeepSpeed checkpoint, a file per rank: the fp32 master weights that a bf16 export does not hold. Without a frozen base."""
+        self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=self._adapter is not None)
 
     def load_checkpoint(self, folder: Path, *, name: str = "") -> None:
         """Take up a checkpoint, which the user knows by `name`. Raises BadInput, naming it, if it is damaged."""
         name = name or str(folder)
         self._engine.checkpoint_engine.load = _load_known_types
         try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+            path, _ = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=self._adapter is None)
         except Exception as error:  # torch and DeepSpeed raise half a dozen unrelated types for a damaged file
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise BadInput(f"{name}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error

@@ -13,12 +13,14 @@ import torch.distributed as dist
 
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.loop import WorkerArgs
-from spin_ray.records import Pair, opponent_reference
+from spin_ray.records import Pair, Saved, opponent_reference
 
 
-def make_fake_player(args: WorkerArgs, base: Base, *, pairs_per_s: Sequence[float], weights_mib: float = 0.0) -> FakePlayer:
+def make_fake_player(
+    args: WorkerArgs, base: Base, *, pairs_per_s: Sequence[float], weights_mib: float = 0.0, rest_s: float = 0.0, wake_s: float = 0.0,
+) -> FakePlayer:
     """`pairs_per_s` of all workers together, one value per iteration; it publishes so many MiB of weights."""
-    return FakePlayer(pairs_per_s, weights_mib)
+    return FakePlayer(pairs_per_s, weights_mib, rest_s, wake_s)
 
 
 LATE_S = 0.05
@@ -28,11 +30,12 @@ LATE_S = 0.05
 class FakePlayer:
     """Has the verbs of `MainPlayer` that a run uses; a step sleeps, and no weight ever moves."""
 
-    def __init__(self, pairs_per_s: Sequence[float], weights_mib: float):
+    def __init__(self, pairs_per_s: Sequence[float], weights_mib: float, rest_s: float, wake_s: float):
         self.rank = dist.get_rank()
         self._rates = iter(pairs_per_s)
         self._rate = math.inf
         self._due = 0.0
+        self._rest_s, self._wake_s = rest_s, wake_s
         self._num_weights = max(16, round(weights_mib * 2**20 / 4))
         self.tied_names: dict[str, str] = {}
 
@@ -41,6 +44,12 @@ class FakePlayer:
 
     def any_rank(self, flag: bool) -> bool:
         return flag
+
+    def rest(self) -> None:
+        time.sleep(self._rest_s)
+
+    def wake(self) -> None:
+        time.sleep(self._wake_s)
 
     def begin_iteration(self) -> None:
         self._rate = next(self._rates)
@@ -54,7 +63,7 @@ class FakePlayer:
         metrics = {"loss": math.log(2), "pair_loss": math.log(2), "expected_pair_loss": math.log(2), "margin": 0.0}
         return {**metrics, "num_tokens": float(sum(len(p.real_ids) + len(p.generated_ids) for p in pairs))}
 
-    def keep_copy(self, name: str, model_path: str | None = None) -> None:
+    def keep_copy(self, name: str, saved: Saved | None = None) -> None:
         pass
 
     def score(self, pairs: Sequence[Pair], *, copy: str | None = None) -> np.ndarray:

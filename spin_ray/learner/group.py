@@ -25,7 +25,7 @@ from spin_ray.learner.coordinator import Base, Coordinator, Failure
 from spin_ray.learner.loop import WorkerArgs, make_main_player, run_worker
 from spin_ray.learner.messages import Saving, Stop
 from spin_ray.placement import Hardware
-from spin_ray.records import Pair
+from spin_ray.records import Pair, Saved
 from spin_ray.storage import DISK, Disk
 
 
@@ -36,18 +36,19 @@ class Learner:
     """
 
     def __init__(
-        self, config: Config, hardware: Hardware, *, model_path: str, logs: Path, checkpoint: Path | None = None,
+        self, config: Config, hardware: Hardware, *, saved: Saved, logs: Path, checkpoint: Path | None = None,
         rollbacks: int = 0, storage: Disk = DISK, proof_pairs: tuple[Pair, ...] = (),
         make_player: Callable[[WorkerArgs, Base], Any] = make_main_player,
     ):
         """`rollbacks`: those of the run's earlier sessions. `proof_pairs`: see preflight.py."""
-        base = Base(model_path, str(checkpoint) if checkpoint else None)
+        base = Base(saved, str(checkpoint) if checkpoint else None)
         self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote(
-            base, max_restarts=config.learner.max_restarts, rollbacks=rollbacks
+            base, max_restarts=config.learner.max_restarts, rollbacks=rollbacks, at_rest=hardware.takes_turns
         )
         self._args = WorkerArgs(
             coordinator=self.coordinator, config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code,
-            chat_template=config.model.chat_template,
+            chat_template=config.model.chat_template, quantized=bool(config.model.quantization),
+            publish_adapter=bool(saved.adapter) and config.lora.sync == "adapter",
             seed=config.run.seed, log_dir=str(logs), storage=storage, make_player=make_player,
             proof_pairs=proof_pairs, rollback_lr_factor=config.guard.rollback_lr_factor,
         )
@@ -113,9 +114,14 @@ class Learner:
             error = RuntimeError(f"{type(error).__name__}: {error}")
         ray.get(self.coordinator.fail.remote(Failure(error)))
 
+    def let_in(self) -> None:
+        """The workers may use their devices, until they have answered a `Rest`."""
+        ray.get(self.coordinator.let_in.remote())
+
     def stop(self) -> None:
         """Let the workers finish and wait for the end of `fit()`."""
         self.post(Stop())
+        self.let_in()
         self._thread.join()
 
     def _fit(self) -> None:

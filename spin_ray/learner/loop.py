@@ -6,6 +6,7 @@ by itself (packing.py), so the batches, and the model after them, do not depend 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from spin_ray.learner.messages import (
     Divergence,
     Proved,
     Publish,
+    Rest,
     Restore,
     Save,
     Saving,
@@ -40,8 +42,8 @@ from spin_ray.learner.messages import (
     Train,
     TrainReport,
 )
-from spin_ray.placement import Hardware
-from spin_ray.records import Pair, PublishedWeights, Span, Version, opponent_reference
+from spin_ray.placement import Hardware, own_devices
+from spin_ray.records import Devices, Pair, PublishedWeights, Saved, Span, Version, opponent_reference
 from spin_ray.storage import Disk, readable_disk_errors
 
 Example = tuple[Pair, np.ndarray]
@@ -64,6 +66,10 @@ class WorkerArgs:
     """Makes the worker's main player; not the real one only in measurements of what is around it."""
     chat_template: str = ""
     """In place of the tokenizer's own, as in `model.chat_template`: exported with the model."""
+    quantized: bool = False
+    """Hold the base in 4 bits."""
+    publish_adapter: bool = False
+    """Publish the adapter alone; else all weights, with the adapter, if there is one, merged into them."""
     proof_pairs: tuple[Pair, ...] = ()
     """Pairs on which the model is compared with plain transformers before the first step."""
     rollback_lr_factor: float = 1.0
@@ -82,10 +88,11 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     torch.manual_seed(args.seed)
     if args.hardware.device == "cuda":
         torch.cuda.set_device(ray.train.torch.get_device())
-    model_path = str(args.storage.fetch(Path(base.model_path)))
+        if args.hardware.takes_turns:
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # else pieces of what is given back stay
     player = MainPlayer(
-        model_path, args.config, args.hardware, trust_remote_code=args.trust_remote_code, chat_template=args.chat_template,
-        proof_pairs=args.proof_pairs,
+        base.saved.fetched(args.storage), args.config, args.hardware, trust_remote_code=args.trust_remote_code,
+        chat_template=args.chat_template, proof_pairs=args.proof_pairs, quantized=args.quantized,
     )
     if player.proof and player.rank == 0:
         ray.get(args.coordinator.log.remote(Proved(f"model: {player.proof}", player.proof.seconds)))
@@ -95,7 +102,7 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
     return player
 
 
-def plain_real_logps(model_path: str, dtype: str, pairs: Sequence[Pair], log_path: str) -> list[np.ndarray]:
+def plain_real_logps(saved: Saved, dtype: str, pairs: Sequence[Pair], log_path: str) -> list[np.ndarray]:
     """Log-probs of the pairs' real answers by plain transformers on a CPU, one array [num_real_tokens] each, in nats.
 
     A task of its own, where there is no learner to compare the sampler with.
@@ -105,10 +112,13 @@ def plain_real_logps(model_path: str, dtype: str, pairs: Sequence[Pair], log_pat
     import torch
 
     with without_gc():
+        from spin_ray.learner.adapter import Adapter
         from spin_ray.learner.engine import load_model
         from spin_ray.learner.proof import as_transformers_means_it, plain_logps
 
-    lm = load_model(model_path, dtype=getattr(torch, dtype))
+    lm = load_model(saved.model, dtype=getattr(torch, dtype))
+    if saved.adapter:
+        Adapter(lm, Path(saved.adapter))
     with torch.no_grad(), as_transformers_means_it(lm):
         return [plain_logps(lm, pair.prompt_ids, pair.real_ids).float().numpy() for pair in pairs]
 
@@ -124,24 +134,23 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
     args = loop_config["args"]
     redirect_output(f"{args.log_dir}/learner-{ray.train.get_context().get_world_rank()}.log")
     try:
+        unwrapped(args.coordinator.turn.remote())  # every rank for itself: collectives do not wait for hours
         joined = _join(args.coordinator)
         if joined.group > 1:
             args = replace(args, proof_pairs=())  # the first group has proved it
-        worker, number = Worker(args.make_player(args, joined.base), args, joined), joined.base.first_command
-        while not isinstance(command := _command(args.coordinator, number), Stop):
-            result = worker.carry_out(command)
-            worker.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
-            worker.answer(number, result)
-            number += 1
+        Worker(args.make_player(args, joined.base), args, joined).serve()
     except (BadInput, RunStopped) as error:
         ray.get(args.coordinator.fail.remote(Failure(error)))
     except DriverFailed:
         return
 
 
-def _command(coordinator: Any, number: int) -> Any:
-    [reference] = unwrapped(coordinator.command.remote(number))
-    return ray.get(reference)
+def _of_all_ranks(own: Devices) -> Devices:
+    import torch.distributed as dist
+
+    found: list[Devices] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return tuple(itertools.chain.from_iterable(found))
 
 
 class RolledBack(Exception):
@@ -166,6 +175,7 @@ class Worker:
         self._player, self._args, self._joined = player, args, joined
         self._coordinator = args.coordinator
         self._iteration = 0
+        self._at_rest = False
         self._at_base = True
         """Whether the next training is the base's, which earlier groups may have begun."""
         self._logged: list[Any] = []
@@ -173,7 +183,40 @@ class Worker:
         self._steps_saved = 0
         """Optimizer steps of the progress that is saved, 0 if none is."""
 
+    def serve(self) -> None:
+        """Carry out the commands from the base's first one on, until a `Stop`."""
+        number = self._joined.base.first_command
+        while not isinstance(command := self._command(number), Stop):
+            if isinstance(command, Rest):
+                self.rest(number)
+            elif command:
+                result = self.carry_out(command)
+                self.wait_for_all_ranks()  # `ray.train.report` is a barrier too, but takes seconds: its controller polls
+                self.answer(number, result)
+            number += 1
+
+    def _command(self, number: int) -> Any:
+        posted = unwrapped(self._coordinator.command.remote(number))
+        return posted and ray.get(posted[0])
+
+    def rest(self, number: int) -> None:
+        """Carry out a `Rest`; returns when it is the main player's turn. Its memory comes back with the next command."""
+        devices = _of_all_ranks(own_devices())
+        with self._span("rest"):
+            self._player.rest()
+        self.wait_for_all_ranks()
+        if self._player.rank == 0:
+            ray.get(self._logged)
+            ray.get(self._coordinator.give_away.remote(number, devices, self._joined.group))
+        self.wait_for_all_ranks()  # before that, the turn is still ours
+        unwrapped(self._coordinator.turn.remote())
+        self._at_rest = True
+
     def carry_out(self, command: Any) -> Any:
+        if self._at_rest:
+            self._at_rest = False
+            with self._span("wake"):
+                self._player.wake()
         match command:
             case Train():
                 return self._train(command)
@@ -306,15 +349,15 @@ class Worker:
         player, scorer = self._player, command.scorer
         if scorer == "frozen":
             player.keep_copy("opponent")
-        if command.base_path:
-            player.keep_copy("base", str(self._args.storage.fetch(Path(command.base_path))))
+        if command.base:
+            player.keep_copy("base", command.base.fetched(self._args.storage))
 
         def references(block: list[Pair]) -> np.ndarray:
             if scorer == "opponent":
                 own = np.array([opponent_reference(pair) for pair in block])
             else:
                 own = player.score(block, copy="opponent" if scorer == "frozen" else None)
-            return np.stack([own, *([player.score(block, copy="base")] if command.base_path else [])], axis=1)
+            return np.stack([own, *([player.score(block, copy="base")] if command.base else [])], axis=1)
 
         scored = (list(zip(block, references(block), strict=True)) for block in blocks)
         return iter(list(scored)) if scorer == "learner" else scored
@@ -338,22 +381,29 @@ class Worker:
         yield
         self._log_span(activity, begin, time.time())
 
-    def _publish(self, version: Version) -> Any:
+    def _publish(self, version: Version) -> PublishedWeights:
         from spin_ray.exchange.weights import BUCKET_BYTES, to_bucket
 
-        buckets, num_bytes = [], 0
-        for tensors in self._player.weights(BUCKET_BYTES):
+        player, buckets, num_bytes, adapter = self._player, [], 0, None
+        if self._args.publish_adapter:
+            files = player.adapter_weights()
+            parts, adapter = [list(files.tensors.items())] if files else [], files and files.config
+        else:
+            parts = player.weights(BUCKET_BYTES)
+        for tensors in parts:
             if tensors:
                 bucket = to_bucket(tensors)
                 num_bytes += bucket.num_bytes
                 buckets.append(ray.put(bucket))
-        return PublishedWeights(version, tuple(buckets), num_bytes, self._player.tied_names)
+        return PublishedWeights(version, tuple(buckets), num_bytes, player.tied_names, adapter)
 
     def _save(self, command: Save) -> None:
         from spin_ray.exchange.weights import BUCKET_BYTES
 
         if command.model_path:
             self._write_folder(Path(command.model_path), lambda folder: self._player.export(folder, BUCKET_BYTES))
+        if command.adapter_path:
+            self._write_folder(Path(command.adapter_path), self._player.export_adapter)
         if command.checkpoint_path:
             self._write_folder(Path(command.checkpoint_path), self._player.save_checkpoint)
 

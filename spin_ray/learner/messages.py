@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spin_ray.errors import Diverged
-from spin_ray.records import Pair, Version
+from spin_ray.records import Pair, Saved, Version
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Train:
     """Peak learning rate."""
     scorer: str = "opponent"
     """Where the references come from: `reference.scorer`."""
-    base_path: str | None = None
-    """Folder of theta_0, where the objective asks for its references too."""
+    base: Saved | None = None
+    """theta_0, where the objective asks for its references too."""
     wait_for_all: bool = False
     """Start when all blocks are there (`sequential`)."""
     snapshot: tuple[int, Version] | None = None
@@ -129,10 +129,11 @@ class Publish:
 
 @dataclass(frozen=True)
 class Save:
-    """Write the HF folder and the DeepSpeed checkpoint, each if it has a path; the caller commits them."""
+    """Write the HF folder, the adapter's and the DeepSpeed checkpoint, each if it has a path; the caller commits them."""
 
     model_path: str | None
     checkpoint_path: str | None = None
+    adapter_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,11 @@ class Restore:
     """Take up the weights of a DeepSpeed checkpoint again."""
 
     checkpoint_path: str
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Free the devices' memory, and wait until it is the main player's turn again; answers with the devices of all ranks."""
 
 
 @dataclass(frozen=True)

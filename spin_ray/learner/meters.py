@@ -13,6 +13,7 @@ from torch import nn
 
 from spin_ray.learner.logps import body
 from spin_ray.learner.packing import tree_lengths
+from spin_ray.learner.quantized import true_shape
 from spin_ray.records import Pair
 
 PEAK_FLOPS = {
@@ -33,11 +34,12 @@ class ModelFlops:
         6 layers T  +  6 head A  +  12 width × (pairs of a token and a token that it attends to).
 
     Tokens of a trunk are in T once, in A once per answer: so many rows the output layer has (packing.py).
-    What is computed again in the backward pass does not count: this is for MFU, not hardware utilisation.
+    A frozen weight has no gradient of its own: it counts for two thirds. What is computed again in the backward pass does not count:
+    this is for MFU, not hardware utilisation.
     """
 
-    layers: int
-    head: int
+    layers: float
+    head: float
     width: int
 
     @classmethod
@@ -46,7 +48,8 @@ class ModelFlops:
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers = sum(_weights_used(module, getattr(config, "num_experts_per_tok", None)) for module in body(lm).modules())
         width = config.num_hidden_layers * config.num_attention_heads * head_size
-        return cls(layers, lm.get_output_embeddings().weight.numel(), width)
+        head = lm.get_output_embeddings().weight
+        return cls(layers, head.numel() * _share(head), width)
 
     def step(self, pairs: Sequence[Pair], *, share_prompt: bool) -> float:
         """FLOPs of training on these pairs. Worked: layers 1, head 0, width 0, pair of 4 + 3 and 5 tokens, shared: 6 × 10 = 60."""
@@ -59,13 +62,17 @@ class ModelFlops:
         return total
 
 
-def _weights_used(module: nn.Module, experts_per_token: int | None) -> int:
+def _weights_used(module: nn.Module, experts_per_token: int | None) -> float:
     """Weights of this module alone that a token is multiplied with: a matrix, or the share of experts stacked in three dimensions."""
     if isinstance(module, nn.Embedding):
         return 0
-    own = dict(module.named_parameters(recurse=False)).values()
-    experts = sum(p.numel() * (experts_per_token or len(p)) // len(p) for p in own if p.ndim == 3)
-    return experts + sum(p.numel() for p in own if p.ndim == 2)
+    own = [(_share(p), true_shape(p)) for p in dict(module.named_parameters(recurse=False)).values()]
+    experts = sum(share * (shape.numel() * (experts_per_token or shape[0]) // shape[0]) for share, shape in own if len(shape) == 3)
+    return experts + sum(share * shape.numel() for share, shape in own if len(shape) == 2)
+
+
+def _share(parameter: nn.Parameter) -> float:
+    return 1 if parameter.requires_grad else 2 / 3
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

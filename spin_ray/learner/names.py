@@ -10,7 +10,7 @@ parameters the persistent buffers, such as the router's correction bias of DeepS
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -25,6 +25,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+from spin_ray.learner.quantized import true_shape
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -77,8 +79,8 @@ class FolderNames:
     def tied(self) -> dict[str, str]:
         """Second name of a weight that has two -> the name under which it is in `groups`; both as in the folder."""
         first = {id(tensor): name for name, tensor in self._in_memory.items()}
-        every = self._lm.named_parameters(remove_duplicate=False)
-        return {self._renamed(name): self._renamed(first[id(p)]) for name, p in every if first[id(p)] != name}
+        every = dict(_without_adapter(self._lm.named_parameters(remove_duplicate=False)))
+        return {self._renamed(name): self._renamed(first[id(p)]) for name, p in every.items() if first[id(p)] != name}
 
     def _renamed(self, name: str) -> str:
         return rename_source_key(name, self._renamings, self._converters, reverse=True)[0]
@@ -89,13 +91,19 @@ def _tensors(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     A tied weight comes once, under the name that transformers keeps.
     """
-    live = dict(lm.named_parameters(remove_duplicate=False)) | dict(lm.named_buffers(remove_duplicate=False))
+    live = dict(_without_adapter(lm.named_parameters(remove_duplicate=False))) | dict(lm.named_buffers(remove_duplicate=False))
     second = set(getattr(lm, "all_tied_weights_keys", {}))
-    names = [name for name in lm.state_dict() if name in live and name not in (lm._keys_to_ignore_on_save or ())]
+    every, ignored = dict(_without_adapter(lm.state_dict().items())), lm._keys_to_ignore_on_save or ()
+    names = [name for name in every if name in live and name not in ignored]
     kept: dict[int, str] = {}
     for name in sorted(names, key=lambda name: name in second):
         kept.setdefault(id(live[name]), name)
     return {name: live[name] for name in names if kept[id(live[name])] == name}
+
+
+def _without_adapter(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Under the names that a model has without a low-rank adapter (adapter.py), and without the adapter's own tensors."""
+    return ((name.replace(".base_layer.", "."), tensor) for name, tensor in tensors if ".lora_" not in name)
 
 
 def _reverted(lm: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
@@ -112,7 +120,7 @@ def describe_export(lm: PreTrainedModel) -> Shapes:
     names = FolderNames(lm)
     shapes: Shapes = {}
     for group in names.groups:
-        blank = [torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta") for tensor in names.of(group)]
+        blank = [torch.empty(true_shape(tensor), device="meta") for tensor in names.of(group)]
         shapes |= shapes_of(names.convert(group, blank))
     return shapes
 

@@ -22,14 +22,26 @@ from spin_ray.records import NUM_ANSWERS, NUM_PARTS, Pair
 
 @dataclass(frozen=True)
 class Tree:
-    """`start` and `length` of a trunk with its branches in the row; `mask` where plain causal attention is not enough."""
+    """A trunk with its branches in the row."""
 
     start: int
-    length: int
-    mask: torch.Tensor | None
-    """[length, length] bool, True where the row's token may attend to the column's; None: causal."""
-    depth: int
-    """Tokens of the trunk with its longest branch: a sliding window that is not shorter hides nothing."""
+    trunk: int
+    branches: tuple[int, ...]
+    """Tokens of each."""
+
+    @property
+    def length(self) -> int:
+        return self.trunk + sum(self.branches)
+
+    @property
+    def forks(self) -> bool:
+        """Whether plain causal attention is not enough."""
+        return sum(length > 0 for length in self.branches) > 1
+
+    @property
+    def depth(self) -> int:
+        """Tokens of the trunk with its longest branch: a sliding window that is not shorter hides nothing."""
+        return self.trunk + max(self.branches, default=0)
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,7 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         tensors = ("input_ids", "position_ids", "starts", "predictor", "targets", "slot")
-        moved = {name: getattr(self, name).to(device) for name in tensors}
-        trees = tuple(replace(tree, mask=None if tree.mask is None else tree.mask.to(device)) for tree in self.trees)
-        return replace(self, trees=trees, **moved)
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 def pack(pairs: Sequence[Pair], *, share_prompt: bool) -> Packed:
@@ -91,7 +101,7 @@ def pack(pairs: Sequence[Pair], *, share_prompt: bool) -> Packed:
                 slots.append(NUM_PARTS * which + (np.arange(len(tokens)) >= pair.common_length))
                 place += len(rest)
             lengths = [len(tokens) - 1 - common for _, tokens in branches]
-            trees.append(Tree(start, place - start, _mask(trunk, lengths), trunk + max(lengths, default=0)))
+            trees.append(Tree(start, trunk, tuple(lengths)))
     return Packed(
         _int64(ids), _int64(positions), tuple(trees), torch.tensor([*[t.start for t in trees], place], dtype=torch.int32),
         _int64(predictor), _int64(targets), _int64(slots), len(pairs),
@@ -111,15 +121,6 @@ def num_common(pair: Pair) -> int:
 
 def _int64(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def _mask(trunk: int, branches: list[int]) -> torch.Tensor | None:
-    """[trunk + sum(branches)] squared: causal, and a branch sees only the trunk and itself. None where that is causal."""
-    if sum(length > 0 for length in branches) < 2:
-        return None
-    branch = torch.repeat_interleave(torch.arange(len(branches) + 1), torch.tensor([trunk, *branches]))
-    causal = torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
-    return causal & ((branch[None, :] == 0) | (branch[None, :] == branch[:, None]))
 
 
 def row_tokens(pair: Pair, *, share_prompt: bool) -> int:

@@ -14,7 +14,7 @@ from spin_ray.records import NO_LOGPS, Pair, Prompt, real_only
 class Dpo(Given):
     def __init__(self, config: Config):
         super().__init__(config.dpo)
-        self.scorer = "frozen" if config.reference.scorer == "frozen" else "learner"
+        self.scorer = "frozen" if config.scorer == "frozen" else "learner"
         """All rows are there at once: the learner scores them before its first step, or block by block with a copy of theta_0."""
 
     def pair(self, prompt: Prompt) -> Pair:

@@ -13,7 +13,7 @@ class Spin:
 
     def __init__(self, config: Config):
         self._spin = config.spin
-        self.num_iterations, self.scorer = config.spin.num_iterations, config.reference.scorer
+        self.num_iterations, self.scorer = config.spin.num_iterations, config.scorer
         self.anchored = config.spin.loss == "triplet"
 
     def replayed(self, t: int) -> range:

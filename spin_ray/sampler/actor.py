@@ -16,7 +16,8 @@ import ray
 from spin_ray.chatter import redirect_output
 from spin_ray.errors import BadInput, EngineFailed, WeightsLost
 from spin_ray.imports import without_gc
-from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
+from spin_ray.placement import own_devices
+from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Version
 from spin_ray.storage import DISK, Disk
 
 
@@ -24,9 +25,9 @@ from spin_ray.storage import DISK, Disk
 class SamplerArgs:
     """What a replica needs to start."""
 
-    model_path: str
+    saved: Saved
     version: Version
-    """What `model_path` holds."""
+    """What lies there."""
     dtype: str
     max_model_len: int
     """Longest prompt with its answer, in tokens."""
@@ -41,37 +42,52 @@ class SamplerArgs:
 
 
 class Sampler:
-    """One replica of the opponent. Raises (from every verb) WrongVersion, or the engine's own error once it is broken."""
+    """One replica of the opponent. Raises (from every verb) WrongVersion, or the engine's own error once it is broken.
+
+    Its engine is made by `ready`: a process that starts in place of one that died touches no device before it is asked to.
+    """
 
     def __init__(self, args: SamplerArgs):
         redirect_output(args.log_path)
         os.environ.update(args.env)
         self._args, self._storage = args, args.storage
-        model_path = str(self._storage.fetch(Path(args.model_path)))
+
+    def _start(self) -> None:
+        args, saved = self._args, self._args.saved.fetched(self._storage)
+        settings = {**args.engine, **({"gpu_memory_utilization": _memory_share(args)} if "gpu_memory_utilization" in args.engine else {})}
         with without_gc():
             from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
 
             self._engine = OpponentEngine(
-                model_path, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=args.engine
+                saved, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=settings
             )
 
     async def ready(self) -> Version:
-        """Warm the engine up (the first log-probs compile for seconds) and return its version.
+        """Start the engine, warm it up (the first log-probs compile for seconds) and return its version.
 
         Raises BadInput if the engine could not take up this model's next weights.
         """
+        self._start()
         if self._args.try_reload:
             try:
                 await asyncio.wrap_future(self._engine.try_reload())
             except EngineFailed as error:
                 raise BadInput(
-                    f"model.path={self._args.model_path}: the sampler's engine cannot take up new weights of this model "
+                    f"model.path={self._args.saved.model}: the sampler's engine cannot take up new weights of this model "
                     f"({error.__cause__}), so no iteration could follow; see {self._args.log_path}"
                 ) from error
         settings = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=2, stop_ids=())
         await asyncio.wrap_future(self._engine.sample(self._engine.version, [1, 1], settings))
         await asyncio.wrap_future(self._engine.score(self._engine.version, [1, 1], [1, 1]))
         return self._engine.version
+
+    async def sleep(self) -> Devices:
+        """Free the devices' memory, and return which these are; nothing but `wake` is asked next."""
+        await asyncio.wrap_future(self._engine.sleep())
+        return own_devices()
+
+    async def wake(self) -> None:
+        await asyncio.wrap_future(self._engine.wake())
 
     async def stuck_s(self) -> float:
         """The pool's heartbeat: seconds that the engine has been at its present step."""
@@ -86,6 +102,13 @@ class Sampler:
         futures = [self._engine.score(version, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
+    async def play(
+        self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings, answers: Sequence[np.ndarray]
+    ) -> list[tuple[Completion, np.ndarray]]:
+        """`sample`, and `score` of a given answer to each prompt, which is computed once."""
+        futures = [self._engine.play(version, prompt, settings, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+
     async def load(self, weights: PublishedWeights) -> float:
         """Load a published version in place; returns the seconds it took, waiting for answers under way not counted.
 
@@ -96,18 +119,46 @@ class Sampler:
             buckets = await asyncio.gather(*weights.buckets)
         except ray.exceptions.OwnerDiedError as error:
             raise WeightsLost(f"the weights of {weights.version} went with the learner's worker that held them") from error
-        folder = await asyncio.to_thread(self._storage.fetch, Path(weights.saved_at)) if weights.saved_at else None
-        await asyncio.wrap_future(self._engine.load(weights.version, lambda: self._tensors(weights, buckets, folder, started)))
+        saved = await asyncio.to_thread(weights.saved_at.fetched, self._storage) if weights.saved_at else None
+        if weights.adapter or (saved and saved.adapter):
+            loading = self._engine.load_adapter(weights.version, lambda: self._adapter(weights, buckets, saved, started))
+        else:
+            loading = self._engine.load(weights.version, lambda: self._tensors(weights, buckets, saved, started))
+        await asyncio.wrap_future(loading)
         return time.perf_counter() - started[0]
 
+    def _adapter(self, weights: PublishedWeights, buckets: Sequence[Any], saved: Saved | None, started: list[float]) -> Any:
+        from spin_ray.exchange.adapters import AdapterFiles, read_adapter
+        from spin_ray.exchange.weights import from_bucket
+
+        started.append(time.perf_counter())
+        if saved:
+            return read_adapter(Path(saved.adapter))
+        return AdapterFiles(weights.adapter, dict(entry for bucket in buckets for entry in from_bucket(bucket, {})))
+
     def _tensors(
-        self, weights: PublishedWeights, buckets: Sequence[Any], folder: Path | None, started: list[float]
+        self, weights: PublishedWeights, buckets: Sequence[Any], saved: Saved | None, started: list[float]
     ) -> Iterator[tuple[str, Any]]:
         from spin_ray.exchange.weights import from_bucket, from_folder
 
         started.append(time.perf_counter())
         second_names = self._engine.second_names(weights.tied_names)
-        if folder:
-            yield from from_folder(folder, second_names)
+        if saved:
+            yield from from_folder(Path(saved.model), second_names)
         for bucket in buckets:
             yield from from_bucket(bucket, second_names)
+
+
+def _memory_share(args: SamplerArgs) -> float:
+    """Of a GPU's memory, for the engine."""
+    import torch
+
+    asked, takes_turns = args.engine["gpu_memory_utilization"], args.engine.get("enable_sleep_mode", False)
+    if asked is not None or not takes_turns:
+        return asked or MEMORY_SHARE
+    return min(MEMORY_SHARE, 1 - LEARNER_AT_REST_BYTES / torch.cuda.get_device_properties(0).total_memory)
+
+
+MEMORY_SHARE = 0.9
+LEARNER_AT_REST_BYTES = 1.5 * 2**30
+"""What a learner that rests keeps of a GPU: CUDA's context, NCCL's buffers and those of the matrix library."""

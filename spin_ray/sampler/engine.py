@@ -12,14 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from spin_ray.errors import EngineFailed, WrongVersion
-from spin_ray.records import Completion, SamplingSettings, Version
+from spin_ray.exchange.adapters import AdapterFiles, read_adapter
+from spin_ray.records import Completion, SamplingSettings, Saved, Version
 
 
 class OpponentEngine:
@@ -29,21 +31,28 @@ class OpponentEngine:
     After an engine error every Future, pending or later, carries it as EngineFailed.
     """
 
-    def __init__(self, model_path: str, *, version: Version, dtype: str, max_model_len: int, seed: int, settings: Mapping[str, Any]):
+    def __init__(self, saved: Saved, *, version: Version, dtype: str, max_model_len: int, seed: int, settings: Mapping[str, Any]):
         from vllm import EngineArgs, LLMEngine
 
-        self.version, self._model_path = version, model_path
+        self.version, self._saved = version, saved
+        adapter = read_adapter(Path(saved.adapter)) if saved.adapter else None
         self._max_model_len = max_model_len
         self._several_processes = settings.get("tensor_parallel_size", 1) > 1
+        self._frees_memory = settings.get("enable_sleep_mode", False)
         self._engine = LLMEngine.from_engine_args(EngineArgs(
-            model=model_path, dtype=dtype, max_model_len=max_model_len, seed=seed, disable_log_stats=True,
+            model=saved.model, dtype=dtype, max_model_len=max_model_len, seed=seed, disable_log_stats=True,
             load_format="safetensors",  # vLLM's "auto" falls back to pickled weights, which may run code
-            worker_extension_cls="spin_ray.sampler.worker.WorkerExtension", **settings,
+            worker_extension_cls="spin_ray.sampler.worker.WorkerExtension", **settings, **(_for_adapter(adapter) if adapter else {}),
         ))
         self._parts = {name.rpartition(".")[2] for name in self._engine.collective_rpc("module_names")[0]}
+        self._adapter: Any = None
+        """What every request names, if there is an adapter: one without it would play with whichever adapter is there."""
+        if adapter:
+            self._take_adapter(adapter)
         self._inbox: queue.Queue[tuple[Future, Callable[[], None]] | None] = queue.Queue()
         self._lock = threading.Lock()
-        self._pending: dict[str, tuple[Future, Callable[[Any], Any]]] = {}
+        self._pending: dict[str, tuple[Future, Callable[[Any], None]]] = {}
+        """Whom a request is for, and what is done with its output."""
         self._error: BaseException | None = None
         self._next_id = 0
         self._step_began = math.inf
@@ -53,27 +62,40 @@ class OpponentEngine:
 
     def sample(self, version: Version, prompt_ids: Sequence[int], settings: SamplingSettings) -> Future[Completion]:
         """Draw one answer from `version`. Log-probs are of the model itself, before temperature and top-p."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens,
-            stop_token_ids=list(settings.stop_ids), logprobs=0, flat_logprobs=True, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        return self._submit(version, prompt_ids, params, lambda output: _completion(version, output.outputs[0]))
+        future: Future[Completion] = Future()
+        return self._submit(version, prompt_ids, _drawing(settings), future, lambda output: future.set_result(_completion(version, output)))
 
     def score(self, version: Version, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Future[np.ndarray]:
         """Log-probs of a given answer under `version` by one prefill, [num_answer_tokens] float32, in nats."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+        future: Future[np.ndarray] = Future()
+        tokens, num_answer = [*prompt_ids, *answer_ids], len(answer_ids)
+        return self._submit(
+            version, tokens, _scoring(), future, lambda output: future.set_result(_first_logps(output.prompt_logprobs)[-num_answer:])
         )
-        tokens, num_answer = [*map(int, prompt_ids), *map(int, answer_ids)], len(answer_ids)
-        return self._submit(version, tokens, params, lambda output: _first_logps(output.prompt_logprobs)[-num_answer:])
+
+    def play(
+        self, version: Version, prompt_ids: Sequence[int], settings: SamplingSettings, answer_ids: Sequence[int]
+    ) -> Future[tuple[Completion, np.ndarray]]:
+        """`sample`, and `score` of a given answer to the same prompt, which is computed once: when it has been answered it is in the
+        prefix cache. vLLM does not read that cache where log-probs of a prompt are asked for, as it has none of what lies there. Only
+        the answer's are wanted here, so it may, as long as the prompt's last token, which the answer's first log-prob comes from, is not
+        in it: else the answer is scored anew, without the cache.
+        """
+        future: Future[tuple[Completion, np.ndarray]] = Future()
+        tokens, num_answer = [*prompt_ids, *answer_ids], len(answer_ids)
+
+        def drawn(output: Any) -> None:
+            completion = _completion(version, output)
+
+            def scored(output: Any) -> None:
+                if output.num_cached_tokens < len(prompt_ids):
+                    future.set_result((completion, _first_logps(output.prompt_logprobs)[-num_answer:]))
+                else:
+                    self._add(tokens, _scoring(), future, scored)
+
+            self._add(tokens, _scoring(read_cache=True), future, scored)
+
+        return self._submit(version, prompt_ids, _drawing(settings), future, drawn)
 
     def second_names(self, tied_names: Mapping[str, str]) -> dict[str, str]:
         """Of a model's tied names (second -> first) those that a load must carry: the engine has a part of that name.
@@ -85,25 +107,83 @@ class OpponentEngine:
 
     def load(self, version: Version, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Future[Version]:
         """Replace the weights by those that `tensors()` yields, once the engine is idle; the Future holds the new version."""
+        return self._swap(version, lambda: self._reload(tensors()))
+
+    def load_adapter(self, version: Version, files: Callable[[], AdapterFiles]) -> Future[Version]:
+        """The same for an engine that has an adapter: that alone is replaced."""
+        return self._swap(version, lambda: self._take_adapter(files()))
+
+    def _swap(self, version: Version, replace: Callable[[], None]) -> Future[Version]:
         future: Future[Version] = Future()
 
         def swap() -> None:
-            while self._pending:
-                self._step()
-            self._reload(tensors())
-            if not self._engine.reset_prefix_cache():
-                raise RuntimeError("vLLM did not drop its prefix cache: answers would mix two versions")
+            self._finish_all()
+            replace()
+            self._drop_prefix_cache()
             self.version = version
             future.set_result(version)
 
         return self._post(swap, future)
+
+    def sleep(self) -> Future[None]:
+        """Once the engine is idle, free its device's memory: the weights go to the host's, the cache is dropped. Nothing is asked until
+        `wake`. An engine without `enable_sleep_mode`, as on a CPU, keeps its memory.
+        """
+
+        def sleep() -> None:
+            self._finish_all()
+            self._drop_prefix_cache()
+            if self._frees_memory:
+                self._engine.sleep(level=1)
+
+        return self._post_done(sleep)
+
+    def wake(self) -> Future[None]:
+        """Take the memory back, with the weights that were there."""
+
+        def wake() -> None:
+            if self._frees_memory:
+                self._engine.wake_up()
+            self._drop_prefix_cache()
+
+        return self._post_done(wake)
+
+    def forget_prompts(self) -> Future[None]:
+        """Once the engine is idle, drop what it has computed of the prompts so far."""
+
+        def forget() -> None:
+            self._finish_all()
+            self._drop_prefix_cache()
+
+        return self._post_done(forget)
+
+    def _post_done(self, action: Callable[[], None]) -> Future[None]:
+        """Have the thread do something; the Future says when it is done."""
+        future: Future[None] = Future()
+
+        def act() -> None:
+            action()
+            future.set_result(None)
+
+        return self._post(act, future)
+
+    def _finish_all(self) -> None:
+        while self._pending:
+            self._step()
+
+    def _drop_prefix_cache(self) -> None:
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its prefix cache: answers would mix two versions")
 
     def try_reload(self) -> Future[Version]:
         """Load the weights that the engine has, from their folder: what cannot be replaced in this model shows before it must be."""
         future: Future[Version] = Future()
 
         def reload() -> None:
-            self._engine.collective_rpc("reload_opponent", kwargs={"folder": self._model_path, "trial": True})
+            if self._saved.adapter:
+                self._take_adapter(read_adapter(Path(self._saved.adapter)))
+            else:
+                self._engine.collective_rpc("reload_opponent", kwargs={"folder": self._saved.model, "trial": True})
             future.set_result(self.version)
 
         return self._post(reload, future)
@@ -117,6 +197,23 @@ class OpponentEngine:
             save_file({name: tensor.clone() for name, tensor in tensors}, f"{folder}/model.safetensors")
             self._engine.collective_rpc("reload_opponent", kwargs={"folder": folder})
 
+    def _take_adapter(self, files: AdapterFiles) -> None:
+        """Put an adapter in place of the present one. It has a number and a name of its own: vLLM's prefix cache knows it by that."""
+        from vllm.lora.request import LoRARequest
+
+        number = self._adapter.lora_int_id + 1 if self._adapter else 1
+        call = {"number": number, "config": dict(files.config)}
+        if self._several_processes:
+            with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="spin_ray_adapter_") as folder:
+                files.write(Path(folder))
+                self._engine.collective_rpc("take_adapter", kwargs={**call, "folder": folder})
+        else:
+            self._engine.collective_rpc("take_adapter", kwargs={**call, "tensors": files.tensors})
+        self._adapter = LoRARequest(f"adapter {number}", number, "in memory")
+        self._engine.add_lora(self._adapter)
+        if (there := set(self._engine.list_loras())) != {number}:
+            raise RuntimeError(f"vLLM holds the adapters {sorted(there)} and not {number} alone")
+
     def stuck_s(self) -> float:
         """Seconds that the thread has been at its present step; 0 while it waits for work."""
         return max(0.0, time.monotonic() - self._step_began)
@@ -125,21 +222,25 @@ class OpponentEngine:
         self._inbox.put(None)
         self._thread.join()
 
-    def _submit(self, version: int, token_ids: Sequence[int], params: Any, convert: Callable[[Any], Any]) -> Future:
-        future: Future = Future()
+    def _submit(self, version: Version, token_ids: Sequence[int], params: Any, future: Future, finish: Callable[[Any], None]) -> Future:
+        """Have the thread add a request; `finish` gets its output."""
 
         def add() -> None:
             if version != self.version:
                 future.set_exception(WrongVersion(f"asked for {version}, this sampler holds {self.version}"))
-                return
-            if len(token_ids) >= self._max_model_len:
-                future.set_exception(ValueError(f"{len(token_ids)} tokens leave no room in an engine of {self._max_model_len}"))
-                return
-            self._next_id += 1
-            self._engine.add_request(str(self._next_id), {"prompt_token_ids": [int(i) for i in token_ids]}, params)
-            self._pending[str(self._next_id)] = (future, convert)
+            else:
+                self._add(token_ids, params, future, finish)
 
         return self._post(add, future)
+
+    def _add(self, token_ids: Sequence[int], params: Any, future: Future, finish: Callable[[Any], None]) -> None:
+        if len(token_ids) >= self._max_model_len:
+            future.set_exception(ValueError(f"{len(token_ids)} tokens leave no room in an engine of {self._max_model_len}"))
+            return
+        self._next_id += 1
+        tokens = {"prompt_token_ids": [int(i) for i in token_ids]}
+        self._engine.add_request(str(self._next_id), tokens, params, lora_request=self._adapter)
+        self._pending[str(self._next_id)] = (future, finish)
 
     def _post(self, action: Callable[[], None], future: Future) -> Future:
         with self._lock:
@@ -176,8 +277,8 @@ class OpponentEngine:
         self._step_began = time.monotonic()
         for output in self._engine.step():
             if output.finished:
-                future, convert = self._pending.pop(output.request_id)
-                future.set_result(convert(output))
+                _, finish = self._pending.pop(output.request_id)
+                finish(output)
 
     def _fail(self, error: BaseException, current: Future | None) -> None:
         failed = EngineFailed(f"the sampler's engine failed: {type(error).__name__}: {error}")
@@ -193,7 +294,40 @@ class OpponentEngine:
                 future.set_exception(failed)
 
 
+def _for_adapter(files: AdapterFiles) -> dict[str, Any]:
+    """Settings of an engine that plays with one adapter at a time, of these layers.
+
+    vLLM makes every layer that it can adapt ready for it, and of the output layer then computes log-probs of given texts wrongly.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    rank = min(rank for rank in get_args(MaxLoRARanks) if rank >= files.config["r"])
+    layers = {name.removesuffix(".weight").rpartition(".")[0].rpartition(".")[2] for name in files.tensors}
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank, "lora_target_modules": sorted(layers)}
+
+
+def _drawing(settings: SamplingSettings) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens, stop_token_ids=list(settings.stop_ids),
+        logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _scoring(*, read_cache: bool = False) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=not read_cache,
+    )
+
+
 def _completion(version: Version, output: Any) -> Completion:
+    output = output.outputs[0]
     return Completion(version, np.array(output.token_ids, np.int32), _first_logps(output.logprobs), output.finish_reason)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import spin_ray.exchange.weights  # noqa: F401 - buckets are of its type: torch is loaded at the start, as in a real sampler
 from spin_ray.errors import EngineFailed, WrongVersion
-from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Version
+from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Version
 
 
 class FakeSampler:
@@ -30,10 +30,11 @@ class FakeSampler:
     def __init__(
         self, version: Version, *, prompts_per_s: float = 1e6, scores_per_s: float = 1e6, start_s: float = 0.0, load_s: float = 0.0,
         fail_after: int | None = None, dies: bool = False, hang_after: float = math.inf, mute: bool = False,
+        sleep_s: float = 0.0, wake_s: float = 0.0,
     ):
         self._version = version
         self._seconds = {"sample": 1 / prompts_per_s, "score": 1 / scores_per_s}
-        self._start_s, self._load_s = start_s, load_s
+        self._start_s, self._load_s, self._sleep_s, self._wake_s = start_s, load_s, sleep_s, wake_s
         self._fail_after, self._dies, self._hang_after, self._mute = fail_after, dies, hang_after, mute
         self._hangs_since = math.inf
         self._free_at = 0.0
@@ -42,6 +43,13 @@ class FakeSampler:
     async def ready(self) -> Version:
         await asyncio.sleep(self._start_s)
         return self._version
+
+    async def sleep(self) -> Devices:
+        await asyncio.sleep(self._sleep_s)
+        return ()
+
+    async def wake(self) -> None:
+        await asyncio.sleep(self._wake_s)
 
     async def stuck_s(self) -> float:
         if self._mute and self._hangs_since < math.inf:
@@ -55,6 +63,11 @@ class FakeSampler:
     async def score(self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
         await self._work("score", version, len(prompts))
         return [np.full(len(answer), -1.0, np.float32) for answer in answers]
+
+    async def play(
+        self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings, answers: Sequence[np.ndarray]
+    ) -> list[tuple[Completion, np.ndarray]]:
+        return list(zip(await self.sample(version, prompts, settings), await self.score(version, prompts, answers), strict=True))
 
     async def load(self, weights: PublishedWeights) -> float:
         await self._hang_if_due()
@@ -105,9 +118,8 @@ class FleetMember:
     """Stands where the handle of a sampler's actor is expected: `member.sample.remote(...)`."""
 
     def __init__(self, fleet: Any, member: int):
-        self.ready, self.sample, self.score, self.load, self.stuck_s = (
-            _Verb(fleet, member, verb) for verb in ("ready", "sample", "score", "load", "stuck_s")
-        )
+        for verb in ("ready", "sample", "score", "play", "load", "sleep", "wake", "stuck_s"):
+            setattr(self, verb, _Verb(fleet, member, verb))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 | evaluation put off | its version | `load_again` |
 | `load_again` | the replicas | the last answer that the present version owes; a newer `load`, over which it does nothing |
 | a replica that joins late | the present weights | its own load of them, or if they are lost the next `load` or `saved` |
+| `sleep` | all replicas | the last one that starts, and the last answer that the present version owes |
+| everything else, while they sleep; a replica that joins in place of another | the devices | `wake` |
 | the heartbeat | a sign of life of a replica that owes something | the replica; or, past `heartbeat_timeout_s`, its new start |
 | all of them | | too many failures in a row: every present and later wait raises the first error |
 
@@ -41,7 +43,7 @@ from spin_ray.chat import ChatFormat
 from spin_ray.config import Config, at
 from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion, in_one_line
 from spin_ray.placement import Hardware
-from spin_ray.records import Completion, PublishedWeights, SamplingSettings, Span, Version
+from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
 from spin_ray.storage import DISK, Disk
 
@@ -53,10 +55,10 @@ CHUNK = 16
 
 
 def start_opponent(
-    config: Config, model_path: str, version: int, hardware: Hardware, *, max_model_len: int, logs: Path, storage: Disk = DISK,
+    config: Config, saved: Saved, version: int, hardware: Hardware, *, max_model_len: int, logs: Path, storage: Disk = DISK,
     reloads: bool = True,
 ) -> Any:
-    """Start all replicas with theta_version from `model_path` and return the pool's actor handle at once, while they load.
+    """Start all replicas with theta_version, which lies at `saved`, and return the pool's actor handle at once, while they load.
 
     `reloads` says whether they will have to take up other weights; a run that begins tries it first.
     """
@@ -69,7 +71,7 @@ def start_opponent(
     )(Sampler)
     samplers = [
         actor.remote(SamplerArgs(
-            model_path=model_path, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
+            saved=saved, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
             seed=config.run.seed + 1000 * version + replica,  # a resumed run must not draw its first iteration's numbers again
             log_path=str(logs / f"sampler-{replica}.log"), engine=settings, env=hardware.sampler_env,
             storage=storage, try_reload=reloads and version == 0,
@@ -175,6 +177,7 @@ class SamplerPool:
         self._loading = asyncio.Lock()
         """One version at a time."""
         self._released = False
+        self._asleep = False
         self._weights: PublishedWeights | None = None
         self._lost: WeightsLost | None = None
         """Why a replica that joins cannot have them."""
@@ -194,9 +197,9 @@ class SamplerPool:
             self._spawn(self._join(replica))
             self._spawn(self._watch(replica))
 
-    async def ready(self) -> int:
-        """Wait for the first replica; returns how many have joined."""
-        await self._until(lambda: any(replica.joined for replica in self._replicas))
+    async def ready(self, count: int = 1) -> int:
+        """Wait until so many replicas are up; returns how many have joined."""
+        await self._until(lambda: sum(replica.joined for replica in self._replicas) >= count)
         return sum(replica.joined for replica in self._replicas)
 
     async def sample(
@@ -215,6 +218,16 @@ class SamplerPool:
         return await self._ask(
             version, (urgency, order), len(prompts), lambda part: lambda s: s.score.remote(version, prompts[part], answers[part]),
             tokens_each=1,
+        )
+
+    async def play(
+        self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings, answers: Sequence[np.ndarray],
+        urgency: int = PLAY, order: int = 0,
+    ) -> list[tuple[Completion, np.ndarray]]:
+        """Both by the same replica, for each prompt: an answer that it draws, and log-probs of a given one."""
+        return await self._ask(
+            version, (urgency, order), len(prompts), lambda part: lambda s: s.play.remote(version, prompts[part], settings, answers[part]),
+            tokens_each=settings.max_new_tokens + 1,
         )
 
     async def load(self, weights: PublishedWeights) -> list[float]:
@@ -248,10 +261,10 @@ class SamplerPool:
         await self._note_change()
         return [load.result() for load in loads]
 
-    async def saved(self, version: Version, folder: str) -> None:
+    async def saved(self, version: Version, at: Saved) -> None:
         """The present weights are on disk: who joins from here on reads them there, and the object store is free of them."""
         assert version == self._version and self._weights is not None
-        self._weights, self._lost = dataclasses.replace(self._weights, buckets=(), saved_at=folder), None
+        self._weights, self._lost = dataclasses.replace(self._weights, buckets=(), saved_at=at), None
         await self._note_change()
 
     async def release(self, version: Version) -> None:
@@ -263,6 +276,39 @@ class SamplerPool:
     async def released(self, version: Version) -> None:
         """Wait until requests of this version are answered (or refused: it has gone by)."""
         await self._until(lambda: (self._released and version == self._version) or version.precedes(self._version), self._turned)
+
+    async def sleep(self) -> Devices:
+        """Once all replicas are up and owe nothing, have them free their devices, and return these; until `wake` nothing is answered, and
+        no replica starts.
+        """
+        await self._until(lambda: not self._owed() and all(replica.joined for replica in self._replicas))
+        async with self._loading:
+            self._asleep = True
+            return tuple(itertools.chain.from_iterable(await self._each("sleep")))
+
+    async def wake(self) -> None:
+        async with self._loading:
+            await self._each("wake")
+            self._asleep = False
+        await self._note_change()
+
+    async def _each(self, verb: str) -> list[Any]:
+        """What the replicas that have joined answer; one that breaks is started anew."""
+
+        async def ask(replica: _Replica) -> list[Any]:
+            begin, life = time.time(), replica.lives
+            try:
+                answer = await asyncio.wait_for(_done(getattr(replica.handle, verb).remote()), self._limits.request_timeout_s)
+            except BROKEN as error:
+                self._start_anew(replica, life, error)
+                return []
+            self._spans.append(Span(replica.name, verb, self._version.number, begin, time.time()))
+            return [answer]
+
+        answers = await asyncio.gather(*(ask(replica) for replica in self._replicas if replica.joined))
+        if self._error:
+            raise self._error.with_traceback(None)
+        return [answer for found in answers for answer in found]
 
     async def num_restarts(self) -> int:
         """Replicas started anew so far."""
@@ -313,7 +359,7 @@ class SamplerPool:
     def _may_answer(self, work: _Work) -> bool:
         if work.rank[0] == EVALUATE and self._loads_waiting:
             return False  # put off
-        return work.version == self._version and (self._released or work.rank[0] == AUDIT)
+        return not self._asleep and work.version == self._version and (self._released or work.rank[0] == AUDIT)
 
     def _least_loaded(self) -> _Replica | None:
         free = [r for r in self._replicas if r.joined and r.version == self._version and r.outstanding < self._limits.room + CHUNK]
@@ -374,6 +420,7 @@ class SamplerPool:
         """Bring a replica that starts to the present weights, whatever was loaded meanwhile."""
         life = replica.lives
         try:
+            await self._until(lambda: not self._asleep)
             await asyncio.wait_for(_up(replica.handle), self._limits.request_timeout_s)
             while replica.weights is not (weights := self._weights) and life == replica.lives:
                 try:

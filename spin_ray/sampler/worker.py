@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 
 class WorkerExtension:
@@ -46,6 +47,51 @@ class WorkerExtension:
             self.model_runner.reload_weights(weights_iterator=tensors, weights_path=folder)
         finally:
             del model.load_weights
+
+    def take_adapter(
+        self, number: int, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None, folder: str | None = None
+    ) -> None:
+        """Hold an adapter in memory: requests that name it by its number play with it, whatever their path says.
+
+        One at a time; requests that name another one raise KeyError. `folder`: where the tensors lie, if they are not given.
+        Raises RuntimeError for an adapter of other layers than the one before, or of a layer that vLLM does not adapt: it would be
+        left out, and nobody told.
+        """
+        tensors = dict(tensors) if folder is None else load_file(f"{folder}/{ADAPTER_FILE}")
+        manager = self.model_runner.lora_manager
+        names = frozenset(tensors)
+        if strange := sorted(names ^ getattr(self, "_adapter_names", names)):
+            raise RuntimeError(f"this adapter and the one before do not both have {strange[0]}")
+        self._adapter_names = names
+
+        def load(request: Any) -> Any:
+            return _adapter(manager, request.lora_int_id, *held[request.lora_int_id])
+
+        held = {number: (tensors, config)}
+        manager._load_adapter = load
+
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def _adapter(manager: Any, number: int, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Any:
+    """vLLM's form of an adapter, made as vLLM does it from a folder."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    inner, helper = manager._adapter_manager, PEFTHelper.from_dict(dict(config))
+    helper.validate_legal(manager.lora_config)
+    mapper = getattr(inner.model, "hf_to_vllm_mapper", None)
+    lora = LoRAModel.from_lora_tensors(
+        number, {name: tensor.clone() for name, tensor in tensors.items()}, helper,  # copies: vLLM multiplies B by the scale in place
+        device="cpu", dtype=manager.lora_config.lora_dtype, model_vocab_size=manager.vocab_size,
+        weights_mapper=mapper and mapper.get_rename_mapper(), skip_prefixes=getattr(inner.model, "lora_skip_prefixes", None),
+    )
+    known = set(inner.modules).union(*inner.packed_modules.values())
+    if unknown := sorted(lora.loras.keys() - known):
+        kind = type(inner.model).__name__
+        raise RuntimeError(f"vLLM adapts no {unknown[0]} in a {kind}: set lora.sync=merged, or a lora.target without it")
+    return lora
 
 
 def _kept(model: torch.nn.Module) -> list[str]:

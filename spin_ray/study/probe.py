@@ -40,6 +40,7 @@ from spin_ray.records import PAIR_SCHEMA, Pair, Version, to_table
 from spin_ray.sampler.pool import PLAY, sampling_settings
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
+from spin_ray.theta import make_base, thetas_of
 
 NUM_TRAIN, NUM_HELDOUT = 512, 256
 NUM_EPOCHS = 2
@@ -107,15 +108,17 @@ def _probe(config: Config, small: Config, run: RunDir, terminal: Terminal) -> No
     prepared = prepare(small, run, facts, proof, terminal)
     prompts, heldout = _parts(prepared, config)
     num_prompts = _num_prompts(config, run)
-    steps = config.num_steps(num_prompts, at(config.spin, 0).num_epochs)
+    thetas, steps = thetas_of(small, run, facts), config.num_steps(num_prompts, at(config.spin, 0).num_epochs)
     max_model_len = longest_sequence(prompts + heldout, small.sampler.max_new_tokens, facts)
     with ray_cluster(small) as hardware:
         interrupts.listen()
         refuse_sampler(facts, hardware)
-        with start_players(small, run, facts, hardware, max_model_len, proof_pairs(prompts)) as players:
+        make_base(small, run, facts, hardware.dtype)
+        with start_players(small, thetas, hardware, max_model_len, proof_pairs(prompts)) as players:
             settings = sampling_settings(small, facts.chat)
             players.pool.release.remote(Version(0))
             pairs, play_s = _played(players.pool, [*prompts, *heldout], settings)
+            players.opponent_is_done()
             train, held = _as_the_learner_sees_them(players.learner, pairs[: len(prompts)]), pairs[len(prompts) :]
             held = _as_the_learner_sees_them(players.learner, held)
             terminal.say(f"{len(pairs)} answers in {play_s:.0f} s; trying {len(LR_FACTORS) * len(BETA_FACTORS)} settings")

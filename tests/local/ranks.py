@@ -1,7 +1,8 @@
 """A learner's rank for test_learner.py: `python ranks.py MODEL OUT OPTIMIZER SETUP...` with RANK and WORLD_SIZE set.
 
 Takes three optimizer steps under every setup (a ZeRO stage, or a name of SETUPS), on batches whose packing is uneven, and writes rank 0's losses,
-gradient norms and weights to OUT/stage_SETUP.pt. Several models, with os.pathsep between, have a folder each: OUT/NAME.
+gradient norms and weights to OUT/stage_SETUP.pt. Several models, with os.pathsep between, have a folder each: OUT/NAME. MODEL@ADAPTER is a
+base with an adapter.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from spin_ray.errors import BadInput
 from spin_ray.learner.engine import MainPlayer
 from spin_ray.losses import PairObjective
 from spin_ray.placement import Hardware
-from spin_ray.records import Pair, opponent_reference
+from spin_ray.records import Pair, Saved, opponent_reference
 
 HARDWARE = Hardware("cpu", "float32", 0, 0, 1e-3, True, 1, "gloo")
 SETUPS = {
@@ -95,18 +96,18 @@ def three_steps(player: MainPlayer) -> list[dict]:
     return steps
 
 
-def main(model: str, out: Path, stage: str, optimizer: str) -> None:
+def main(saved: Saved, out: Path, stage: str, optimizer: str) -> None:
     setup = SETUPS[stage] if stage in SETUPS else {"zero_stage": int(stage)}
     config = LearnerConfig(optimizer=optimizer, pack_tokens=60, grad_clip=0.5, **setup)
     hardware = dataclasses.replace(HARDWARE, dtype="bfloat16" if stage == "bfloat16" else "float32")
-    player = (NoRoom if stage == "no_room" else MainPlayer)(model, config, hardware, proof_pairs=batch(7, 3))
+    player = (NoRoom if stage == "no_room" else MainPlayer)(saved, config, hardware, proof_pairs=batch(7, 3))
     player.save_checkpoint(out / f"start_{stage}")
     player.begin_iteration()
     player.keep_copy("opponent")
     before = player.score(batch(9, 5))
     steps = three_steps(player)
     scores = {"before": before, "frozen": player.score(batch(9, 5), copy="opponent"), "after": player.score(batch(9, 5))}
-    player.keep_copy("base", model)  # theta_0, from its folder
+    player.keep_copy("base", saved)  # theta_0, from its folder
     scores["base"] = player.score(batch(9, 5), copy="base")
     logps = player.token_logps(batch(9, 5))
     alone = [answer for pair in batch(9, 5) for answer in player.token_logps([pair])]
@@ -114,6 +115,7 @@ def main(model: str, out: Path, stage: str, optimizer: str) -> None:
     player.save_checkpoint(out / f"checkpoint_{stage}")
     player.load_checkpoint(out / f"checkpoint_{stage}")
     player.export(out / f"model_{stage}", bucket_bytes=20_000)
+    player.export_adapter(out / f"adapter_{stage}")
     player.load_checkpoint(out / f"start_{stage}")
     player.begin_iteration()
     again = three_steps(player)
@@ -133,7 +135,7 @@ if __name__ == "__main__":
         into = Path(sys.argv[2], model.name) if len(models) > 1 else Path(sys.argv[2])
         into.mkdir(exist_ok=True)
         for stage in sys.argv[4:]:
-            main(str(model), into, stage, sys.argv[3])
+            main(Saved(*str(model).split("@")), into, stage, sys.argv[3])
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

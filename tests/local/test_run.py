@@ -232,14 +232,39 @@ def test_sequential_with_one_replica_and_the_learner_as_scorer_gives_the_same_ru
         for column in ("prompt_id", "opponent_version", "generated_ids"):
             assert left.column(column).to_pylist() == right.column(column).to_pylist(), path
         assert all(logps == [] for logps in right.column("opponent_real_logps").to_pylist())
-    for t in (0, 1):
-        theirs = load_file(other / f"iter_00{t}/model/model.safetensors")
-        for name, weight in load_file(finished / f"iter_00{t}/model/model.safetensors").items():
-            # Adam turns rounding noise in a gradient that is almost 0 into a whole step: the mean, far below one step of 3e-4.
-            assert (weight - theirs[name]).abs().mean() < 1e-5, name
+    assert_models_are_alike(finished, other)
     train_spans = [span for span in read_spans(other) if span.activity == "train" and span.iteration == 0]
     played = max(span.end for span in read_spans(other) if span.activity == "play" and span.iteration == 0)
     assert max(span.end for span in train_spans) > played and metrics(other, "train/waited_s")[0] > 0
+
+
+def test_players_that_take_turns_make_the_same_run(finished):
+    """On a CPU for real, with sleeps that free nothing."""
+    done = run_small(finished.parent, "shared", *TWO, "placement.mode=shared")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "take turns on the same devices (placement.mode), so overlap.mode is sequential" in done.stdout
+    other = finished.parent / "shared"
+    for path in sorted(finished.glob("iter_*/pairs/*.parquet")):
+        left, right = pq.read_table(path), pq.read_table(other / path.relative_to(finished))
+        for column in ("prompt_id", "opponent_version", "generated_ids"):
+            assert left.column(column).to_pylist() == right.column(column).to_pylist(), path
+        for column in ("opponent_real_logps", "opponent_generated_logps"):
+            for ours, theirs in zip(left.column(column).to_pylist(), right.column(column).to_pylist(), strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    assert_models_are_alike(finished, other)
+    spans = read_spans(other)
+    assert {"sleep", "wake", "rest"} <= {span.activity for span in spans}
+    played = [(span.begin, span.end) for span in spans if span.activity in ("play", "evaluate", "load", "audit")]
+    learnt = [(span.begin, span.end) for span in spans if span.activity in ("train", "publish", "save", "score")]
+    assert not any(begin < end_2 and begin_2 < end for begin, end in played for begin_2, end_2 in learnt)
+
+
+def assert_models_are_alike(left, right):
+    for t in (0, 1):
+        theirs = load_file(right / f"iter_00{t}/model/model.safetensors")
+        for name, weight in load_file(left / f"iter_00{t}/model/model.safetensors").items():
+            # Adam turns rounding noise in a gradient that is almost 0 into a whole step: the mean, far below one step of 3e-4.
+            assert (weight - theirs[name]).abs().mean() < 1e-5, name
 
 
 def test_own_model_and_data_lookahead_frozen_two_workers(tiny_model, tmp_path):

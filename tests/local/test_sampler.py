@@ -16,7 +16,7 @@ from spin_ray.config import Config
 from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.exchange.weights import from_bucket, to_bucket
 from spin_ray.placement import choose_hardware
-from spin_ray.records import SamplingSettings, Version
+from spin_ray.records import SamplingSettings, Saved, Version
 from spin_ray.sampler.engine import OpponentEngine
 
 PROMPT = [3, 50, 60, 70, 1, 4]
@@ -36,7 +36,7 @@ def opponent(request, tiny_model):
     hardware = choose_hardware(Config(), {"CPU": 2})
     os.environ.update(hardware.sampler_env)
     folder = tiny_model(tied=request.param)
-    engine = OpponentEngine(str(folder), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings=hardware.engine)
+    engine = OpponentEngine(Saved(str(folder)), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings=hardware.engine)
     yield engine, folder, request.param
     engine.close()
 
@@ -144,4 +144,32 @@ def test_pickled_weights_are_never_opened(tiny_model, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # not even a pickle: opening it would say so
     os.environ.update(choose_hardware(Config(), {"CPU": 2}).sampler_env)
     with pytest.raises(RuntimeError, match="Cannot find any model weights"):
-        OpponentEngine(str(folder), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings={"enforce_eager": True})
+        OpponentEngine(Saved(str(folder)), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings={"enforce_eager": True})
+
+
+def test_a_prompt_is_computed_once_for_both_its_answers_and_the_scores_are_the_same(tiny_model):
+    """Whatever lies in the prefix cache: nothing, the prompt but for its end, all of it, or the answer's beginning too."""
+    hardware = choose_hardware(Config(), {"CPU": 2})
+    os.environ.update(hardware.sampler_env)
+    folder = tiny_model(tied=True)
+    engine = OpponentEngine(Saved(str(folder)), version=Version(0), dtype="float32", max_model_len=128, seed=0, settings={**hardware.engine, "block_size": 32})
+    model, rng, cached = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), np.random.default_rng(0), []
+    add = engine._add
+    engine._add = lambda tokens, params, future, finish: add(tokens, params, future, lambda output: (cached.append((params.prompt_logprobs, output.num_cached_tokens)), finish(output)))
+    try:
+        for length in (5, 31, 32, 33, 64, 80):
+            prompt, answer = rng.integers(30, 500, length), rng.integers(30, 500, 24)
+            expected = transformers_logps(model, prompt, answer)
+            for again in range(3):  # the second time the answer's beginning is in the cache as well
+                cached.clear()
+                completion, scored = engine.play(Version(0), prompt, SAMPLED, answer).result(60)
+                np.testing.assert_allclose(scored, expected, atol=1e-4)
+                np.testing.assert_allclose(completion.logps, transformers_logps(model, prompt, completion.token_ids), atol=1e-4)
+                scores = [number for logprobs, number in cached if logprobs is not None]
+                assert scores[-1] < length and (again or scores == ([length, 0] if length % 32 == 0 else [length // 32 * 32]))
+        with pytest.raises(ValueError, match="leave no room"):
+            engine.play(Version(0), rng.integers(30, 500, 100), SAMPLED, rng.integers(30, 500, 40)).result(60)
+        with pytest.raises(WrongVersion):
+            engine.play(Version(1), prompt, SAMPLED, answer).result(60)
+    finally:
+        engine.close()

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "spin_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 VENDORS = {
-    "vllm": ("sampler/", "bench/script_way.py"), "deepspeed": ("learner/",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",),
+    "vllm": ("sampler/", "bench/script_way.py"), "deepspeed": ("learner/",), "peft": ("learner/adapter.py", "bench/contestants.py"), "bitsandbytes": ("learner/quantized.py",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",),
 }
 
 
@@ -35,9 +35,9 @@ LAYERS = [
     ("records.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
      "chatter.py", "placement.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
-     "places.py", "address.py"),
-    ("exchange/weights.py", "exchange/audit.py"), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
-    ("ending.py",), ("preflight.py",), ("prepared.py",),
+     "places.py", "address.py", "turns.py"),
+    ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
+    ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",),
     ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
     ("selfplay.py",), ("demo/tasks.py",), ("study/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),
 ]

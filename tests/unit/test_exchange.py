@@ -225,10 +225,14 @@ class CountingPool:
         self.num_scored = 0
         self.score = SimpleNamespace(remote=self._score)
         self.sample = SimpleNamespace(remote=self._sample)
+        self.play = SimpleNamespace(remote=self._play)
 
     async def _score(self, version, prompts, answers, *_):
         self.num_scored += len(answers)
         return [-np.asarray(answer, np.float32) for answer in answers]
+
+    async def _play(self, version, prompts, settings, answers, *_):
+        return list(zip(await self._sample(version, prompts), await self._score(version, prompts, answers), strict=True))
 
     async def _sample(self, version, prompts, *_):
         return [Completion(version, np.array([9, 9], np.int32), np.array([-8.5, -8.5], np.float32), "stop") for _ in prompts]
@@ -327,12 +331,12 @@ def test_a_damaged_model_is_never_loaded(tmp_path):
     run = RunDir.open(config(tmp_path))
     run.model(0).mkdir(parents=True)
     (run.model(0) / "model.safetensors").write_bytes(b"weights")
-    run.check_model(0)  # a run that was cut off before its checksums were known
+    run.check_weights(0, [run.model(0)])  # a run that was cut off before its checksums were known
     assert len(run.marks("checksums")) == 1
-    run.check_model(0)
+    run.check_weights(0, [run.model(0)])
     (run.model(0) / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(BadInput, match=r"iter_000/model/model\.safetensors: missing or damaged"):
-        run.check_model(0)
+        run.check_weights(0, [run.model(0)])
 
 
 def test_damaged_prompts_are_named(tmp_path):

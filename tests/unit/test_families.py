@@ -89,7 +89,7 @@ def test_longrope_bounds_a_run():
         original_max_position_embeddings=64,
     )
     assert longest_exact(config) == 64 and longest_exact(AutoConfig.for_model("llama")) is None
-    facts = ModelFacts("m", None, 256, config, longest_exact=64)
+    facts = ModelFacts("m", None, "", 256, config, longest_exact=64)
     prompt = Prompt(0, torch.arange(40).numpy(), torch.arange(10).numpy())
     assert longest_sequence([prompt], 20, facts) == 61
     with pytest.raises(BadInput, match="more than 64 tokens, and this run needs 71"):

@@ -130,7 +130,7 @@ def test_a_few_prompts_have_a_large_error():
 def test_the_best_is_named_in_a_file(tmp_path):
     run = RunDir.open(Config(run=RunConfig(dir=str(tmp_path)), model=ModelConfig(path="sft")))
     assert run.best() is None
-    run.name_best(0, "some/sft")
+    run.name_best("some/sft")
     assert run.best() == "some/sft"
-    run.name_best(2, "some/sft")
+    run.name_best(str(run.model(1)))
     assert run.best() == str(run.model(1)) == (run.path / "best").read_text().strip()

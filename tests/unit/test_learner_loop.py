@@ -17,10 +17,10 @@ from spin_ray.learner.coordinator import Base, Coordinator, Failure, Joined
 from spin_ray.learner.loop import RolledBack, Worker, check_numbers, staleness
 from spin_ray.learner.messages import Count, Train
 from spin_ray.losses import PairObjective
-from spin_ray.records import PAIR_SCHEMA, Span, Version, opponent_reference, to_table
+from spin_ray.records import PAIR_SCHEMA, Saved, Span, Version, opponent_reference, to_table
 from spin_ray.storage import DISK
 
-BASE = Base("theta_0", None)
+BASE = Base(Saved("theta_0"), None)
 
 
 def command(sizes, *, epochs=2):
@@ -85,8 +85,8 @@ class FakePlayer:
     def __init__(self):
         self.calls = []
 
-    def keep_copy(self, name, model_path=None):
-        self.calls.append(f"keep {name}" + (f" of {model_path}" if model_path else ""))
+    def keep_copy(self, name, saved=None):
+        self.calls.append(f"keep {name}" + (f" of {saved.model}" if saved else ""))
 
     def score(self, pairs, *, copy=None):
         self.calls.append("score")
@@ -119,7 +119,7 @@ def test_references_of_each_scorer(make_pairs):
 def test_theta_0_s_references_come_second(make_pairs):
     pairs = make_pairs(4)
     for scorer, first in (("opponent", None), ("frozen", [1000, 1001, 1002, 1003]), ("learner", [0, 1, 2, 3])):
-        found, calls = scored(scorer, pairs, base_path="sft")
+        found, calls = scored(scorer, pairs, base=Saved("sft"))
         assert "keep base of sft" in calls and found.shape == (4, 2, 3, 2)
         assert found[:, 1, 2, 1].tolist() == [2000, 2001, 2002, 2003] and (first is None or found[:, 0, 0, 0].tolist() == first)
 
@@ -175,8 +175,8 @@ def test_coordinator_blocks_may_come_out_of_order_and_old_iterations_are_dropped
         assert await first == ["a", "b"]  # up to the first gap
         await box.put_block(1, 0, ["c"])  # the next iteration's may come early
         assert await box.blocks(0, 3) == ["d"]
-        assert not await box.move_base(Base("theta_1", None, 4, iteration=1), group=7) and len(box._blocks) == 4
-        assert await box.move_base(Base("theta_1", None, 4, iteration=1), group=0)
+        assert not await box.move_base(Base(Saved("theta_1"), None, 4, iteration=1), group=7) and len(box._blocks) == 4
+        assert await box.move_base(Base(Saved("theta_1"), None, 4, iteration=1), group=0)
         assert box._blocks == {(1, 0): ["c"]}
 
     run_async(scenario)
@@ -212,7 +212,7 @@ def test_a_new_group_joins_at_the_base_and_the_base_moves_only_with_the_group_th
         assert await box.join() == Joined(BASE, 1, 0) and await box.group() == 1
         assert (await box.join()).base == BASE  # a worker died
         await box.answer(0, "of the second group")
-        later = Base("theta_1", None, first_command=4)
+        later = Base(Saved("theta_1"), None, first_command=4)
         assert not await box.move_base(later, group=1) and (await box.join()).base == BASE
         assert box._results == {}  # the third group answers again
         assert await box.move_base(later, group=3) and (await box.join()).base == later
@@ -233,7 +233,7 @@ def test_what_lies_before_the_base_is_dropped():
                 await box.answer(key, f"weights of {key}")
             ahead = await box.post(f"train {t + 1}")
             await box.answer(ahead, "report")
-            assert await box.move_base(Base(f"theta_{t + 1}", None, first_command=ahead, iteration=t + 1), await box.group())
+            assert await box.move_base(Base(Saved(f"theta_{t + 1}"), None, first_command=ahead, iteration=t + 1), await box.group())
             assert box._commands == {ahead: f"train {t + 1}"} and box._results.keys() == {ahead, *([early] if t % 2 else [])}
             assert await box.command(ahead) == f"train {t + 1}" and await box.result(ahead) == "report"
 

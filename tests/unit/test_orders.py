@@ -5,6 +5,7 @@ order the named messages arrive, and where somebody dies, and each message waits
 """
 
 import asyncio
+import dataclasses
 import functools
 import itertools
 import json
@@ -31,19 +32,20 @@ from spin_ray.learner import group as learner_group
 from spin_ray.learner.coordinator import Base, Coordinator, DriverFailed, Failure
 from spin_ray.learner.fake import FakePlayer
 from spin_ray.learner.group import Learner
-from spin_ray.learner.loop import RolledBack, Worker, WorkerArgs, _command
-from spin_ray.learner.messages import Divergence, Publish, Save, Score, StepRecord, Stop, Train
+from spin_ray.learner.loop import RolledBack, Worker, WorkerArgs
+from spin_ray.learner.messages import Divergence, Publish, Rest, Save, Score, StepRecord, Train
 from spin_ray.manifest import RunDir
 from spin_ray.placement import Hardware
-from spin_ray.players import Players
+from spin_ray.players import Players, as_placed
 from spin_ray.preflight import Proof
-from spin_ray.records import Prompt, Version
+from spin_ray.records import Prompt, Saved, Version
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, EVALUATE, Limits, SamplerPool
 from spin_ray.selfplay import Prepared, SelfPlay
 from spin_ray.stop import Verdict
 from spin_ray.storage import DISK
 from spin_ray.terminal import Terminal
+from spin_ray.theta import Thetas
 from spin_ray.tracking import Tracker
 
 PATIENCE_S = 60
@@ -191,8 +193,12 @@ def name_of_pool(verb, args):
             return f"{verb} {args[0].version}".replace("_again", " again")
         case "release" | "saved":
             return f"{verb} {args[0]}"
+        case "sleep" | "wake":
+            return verb
         case "score" | "sample" if args[3] in (AUDIT, EVALUATE):
             return f"{'audit' if args[3] == AUDIT else 'evaluate'} {args[0]}"
+        case "play" if args[4] == EVALUATE:
+            return f"evaluate {args[0]}"
 
 
 class Box(Actor):
@@ -200,7 +206,7 @@ class Box(Actor):
 
     def __init__(self, target, messages):
         super().__init__(target, messages, self._name)
-        self._posted, self._logs, self._joined, self.sender = [], {}, 0, lambda: None
+        self._posted, self._logs, self._joined, self._turns, self.sender = [], {}, 0, 0, lambda: None
 
     def _in_line(self, verb):
         if verb != "log":
@@ -213,6 +219,13 @@ class Box(Actor):
                 self._posted.append(args[0][0].value)
             case "answer":
                 return f"answer {self._key(args[0])}"
+            case "give_away":
+                return f"answer {self._key(args[0])}"
+            case "let_in":
+                return verb
+            case "turn":
+                self._turns += 1
+                return f"turn {self._turns}"
             case "result":
                 return f"hear {self._key(args[0])}"
             case "log" if isinstance(args[0], StepRecord):
@@ -235,6 +248,8 @@ class Box(Actor):
                 return f"train {t}"
             case Publish(version=version):
                 return f"weights {version.number}"
+            case Rest():
+                return f"rest {sum(isinstance(command, Rest) for command in self._posted[:key])}"
             case Save():
                 return f"save {sum(isinstance(command, Save) for command in self._posted[:key + 1])}"
             case Score():
@@ -244,9 +259,17 @@ class Box(Actor):
 class ScriptedPlayer(FakePlayer):
     """Its loss is what the script says for (group, iteration, step)."""
 
-    def __init__(self, script, group):
-        super().__init__(itertools.repeat(1e9), 0.0)
+    def __init__(self, script, group, device):
+        super().__init__(itertools.repeat(1e9), 0.0, 0.0, 0.0)
         self._script, self._group, self._t, self._step = script, group, -1, 0
+        self._device = device
+        device.take("main player")
+
+    def rest(self):
+        self._device.leave("main player")
+
+    def wake(self):
+        self._device.take("main player")
 
     def score(self, pairs, *, copy=None):
         self._t = pairs[0].iteration
@@ -267,17 +290,51 @@ class ScriptedPlayer(FakePlayer):
         return {**metrics, "loss": loss, "pair_loss": loss}
 
 
+class Device:
+    """Who has memory on it. Where the players take turns, never two."""
+
+    def __init__(self, takes_turns):
+        self._takes_turns, self._there, self.log = takes_turns, set(), []
+
+    def take(self, name):
+        if self._takes_turns:
+            assert not self._there - {name}, f"{name} comes while {self._there} is there"
+        self._there.add(name)
+        self.log.append(name)
+
+    def leave(self, name):
+        self._there.discard(name)
+
+
+class DeviceSampler(FakeSampler):
+    def __init__(self, version, device):
+        super().__init__(version)
+        self._device = device
+
+    async def ready(self):
+        self._device.take("opponent")
+        return await super().ready()
+
+    async def sleep(self):
+        self._device.leave("opponent")
+        return await super().sleep()
+
+    async def wake(self):
+        self._device.take("opponent")
+
+
 class LocalLearner(Learner):
     """One worker, in a thread; a group of its kind follows where it dies, as Ray Train does it."""
 
-    def __init__(self, config, run, messages, script):
-        self._box = Coordinator(Base("sft", None), max_restarts=config.learner.max_restarts)
+    def __init__(self, config, hardware, run, messages, script):
+        self._box = Coordinator(Base(Saved("sft"), None), max_restarts=config.learner.max_restarts, at_rest=hardware.takes_turns)
         messages.records = lambda: self._box._records
         self.coordinator = Box(self._box, messages)
         self._args = WorkerArgs(
-            self.coordinator, config.learner, HARDWARE, False, 0, str(run.logs), DISK, None, rollback_lr_factor=config.guard.rollback_lr_factor
+            self.coordinator, config.learner, hardware, False, 0, str(run.logs), DISK, None, rollback_lr_factor=config.guard.rollback_lr_factor
         )
         self._script, self._here, self._failed = script, threading.local(), False
+        self.device = Device(hardware.takes_turns)
         self.coordinator.sender = lambda: id(self._here.group)
         self._thread = threading.Thread(target=self._fit, daemon=True)
         self._thread.start()
@@ -293,8 +350,7 @@ class LocalLearner(Learner):
     def _fit(self):
         ended = False
         while not ended:
-            joined = get(self.coordinator.join.remote())
-            if isinstance(joined, Failure):
+            if isinstance(get(self.coordinator.turn.remote()), Failure) or isinstance(joined := get(self.coordinator.join.remote()), Failure):
                 return
             self._here.group = SimpleNamespace(dead=False)
             try:
@@ -302,6 +358,7 @@ class LocalLearner(Learner):
                 ended = True
             except (Died, RolledBack) as error:
                 self._here.group.dead = True
+                self.device.leave("main player")
                 get(self.coordinator.group_ended.remote(f"rank 0: {error}"))
             except (BadInput, RunStopped) as error:
                 get(self.coordinator.fail.remote(Failure(error)))
@@ -310,11 +367,7 @@ class LocalLearner(Learner):
                 return
 
     def _work(self, joined):
-        worker, number = Worker(ScriptedPlayer(self._script, joined.group), self._args, joined), joined.base.first_command
-        while not isinstance(command := _command(self.coordinator, number), Stop):
-            result = worker.carry_out(command)
-            worker.answer(number, result)
-            number += 1
+        Worker(ScriptedPlayer(self._script, joined.group, self.device), self._args, joined).serve()
 
 
 class Chat:
@@ -338,6 +391,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(learner_group, "POLL_S", 0.01)
+    monkeypatch.setattr("spin_ray.learner.loop.own_devices", lambda: ())
     monkeypatch.setattr("spin_ray.timeline.Timeline.draw", lambda self: None)
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
@@ -362,18 +416,20 @@ class Run:
 
     def __init__(self, config, messages, script, samplers, heldout, monkeypatch):
         self.run, self.messages, self.interrupts = RunDir.open(config), messages, Interrupts()
-        self._learner = learner = LocalLearner(config, self.run, messages, script)
+        self._hardware = hardware = dataclasses.replace(HARDWARE, takes_turns=config.placement.mode == "shared")
+        config = as_placed(config, hardware, lambda line: None)
+        self._learner = learner = LocalLearner(config, hardware, self.run, messages, script)
         monkeypatch.setattr(ray, "put", learner.put)
         monkeypatch.setattr("spin_ray.opponent.play", self._play)
         first = Version(len(self.run.marks("iteration")))
-        handles = [Handle(sampler) for sampler in samplers or [FakeSampler(first)]]
+        handles = [Handle(sampler) for sampler in samplers or [DeviceSampler(first, learner.device)]]
         pool = SamplerPool(handles, first, Limits(64, max_restarts=3), restart)
         asyncio.run_coroutine_threadsafe(pool.start(), messages.loop).result()
         ids = np.random.default_rng(0).integers(5, 500, (24 + heldout, 12)).astype(np.int32)
         prompts = [Prompt(number, row[:6], row[6:]) for number, row in enumerate(ids)]
         prepared = Prepared(prompts[:24], prompts[24:], write_prompts(self.run, prompts[:24], 8))
-        self._go = functools.partial(self._go_on, config, prepared, Players(Actor(pool, messages, name_of_pool), learner))
-        self._playing = None
+        self._go = functools.partial(self._go_on, config, prepared, Players(Actor(pool, messages, name_of_pool), learner, hardware.takes_turns))
+        self._playing, self.learner, self.device = None, learner, learner.device
 
     def end(self):
         """Whatever still waits raises."""
@@ -390,9 +446,9 @@ class Run:
         return self
 
     def _go_on(self, config, prepared, players):
-        facts = SimpleNamespace(chat=Chat(), path="sft")
+        facts = SimpleNamespace(chat=Chat(), path="sft", saved=Saved("sft"))
         with Tracker(config, self.run.path) as tracker, (self.run.path / "terminal").open("w") as file:
-            self.self_play = SelfPlay(config, self.run, facts, prepared, HARDWARE, players, Proof(), tracker, Terminal(file), self.interrupts)
+            self.self_play = SelfPlay(config, Thetas(self.run, config.lora, facts.saved), facts, prepared, self._hardware, players, Proof(), tracker, Terminal(file), self.interrupts)
             self.self_play.play()
         players.learner.stop()
 
@@ -748,3 +804,45 @@ def test_a_divergence_of_the_group_after_the_one_whose_snapshot_was_taken(start,
     run.assert_whole(again=(0,))
     assert [mark["iteration"] for mark in run.run.marks("rollback")] == [0] and in_order(run, order)
     assert {pair["opponent_steps_early"] for pair in run.pairs(1)} == {0, 2}
+
+
+SHARED = ("placement.mode=shared",)
+PLAYED, LEARNT = "opponent", "main player"
+
+
+def test_players_that_take_turns_are_never_on_the_device_together(start):
+    run = start(*SHARED, heldout=6)
+    run.result()
+    run.assert_whole()
+    assert run.device.log == [PLAYED, LEARNT, PLAYED] + [LEARNT, PLAYED] * 2  # engine, audit's other side, audit and play; then two iterations
+    assert sorted(run.run.evaluations()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("death", [
+    "turn 2", "turn 3", "answer probe 0", "answer rest 0", "step 0.0", "step 0.5", "answer train 0", "answer weights 1", "answer probe 1",
+    "answer save 1", "answer rest 1", "step 1.0", "answer train 1", "answer weights 2", "answer save 2", "answer rest 2",
+])
+def test_a_group_that_dies_where_players_take_turns(start, death):
+    """At rest it joins again when it is its turn, and whoever holds the device goes on."""
+    run = start(*SHARED, heldout=6, deaths=[death])
+    run.result()
+    run.assert_whole(again=[int(death[5])] if death.startswith("step") else [0, 1])
+
+
+def test_weights_that_die_with_a_group_at_rest_are_made_again_in_its_turn(start):
+    """The group dies after it has given the device away, before the opponent has loaded what it published."""
+    run = start(*SHARED, heldout=6, hold=["load theta_1"], deaths=["turn 3"])
+    run.messages.wait_until_sent("load theta_1")
+    run.messages.wait(lambda: run.learner._box._deaths == 1)
+    run.messages.let_go("load theta_1")
+    run.result()
+    run.assert_whole(again=[0])
+
+
+@pytest.mark.parametrize("message", ["sleep", "wake", "answer rest 1"])
+def test_a_failure_ends_who_waits_for_its_turn(start, message):
+    run = start(*SHARED, hold=[message])
+    run.messages.wait_until_sent(message)
+    run.self_play._threads.fail(RunStopped("planted"))
+    with pytest.raises(RunStopped, match="planted"):
+        run.result()

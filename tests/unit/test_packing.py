@@ -134,7 +134,7 @@ def test_order_of_pairs_does_not_matter():
 def test_pair_without_generated_answer_has_only_its_real_branch():
     packed = pack([pair(4, 3, 0)], share_prompt=True)
     assert packed.answer_of.tolist() == [0, 0, 0]
-    assert packed.trees[0].mask is None
+    assert not packed.trees[0].forks
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -159,7 +159,7 @@ def test_a_third_answer_is_packed_as_the_others_and_parts_add_up(share_prompt):
 def test_what_both_answers_begin_with_is_laid_out_once():
     assert [num_common(one) for one in ALIKE] == [5, 3, 3, 3, 4]
     packed = pack(ALIKE[:2], share_prompt=True)
-    assert packed.trees[0].mask is None and packed.trees[0].length == 2 + 5  # y' is y: a trunk without branches
+    assert not packed.trees[0].forks and packed.trees[0].length == 2 + 5  # y' is y: a trunk without branches
     assert packed.trees[1].length == 2 + 3 + 1 + 4
 
 

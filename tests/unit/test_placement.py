@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from spin_ray.config import Config, DataConfig, LearnerConfig, ModelConfig, OverlapConfig, SamplerConfig
+from spin_ray.config import Config, DataConfig, LearnerConfig, ModelConfig, OverlapConfig, PlacementConfig, SamplerConfig
 from spin_ray.errors import BadInput
 from spin_ray.placement import choose_hardware, learner_goes_first, play_processes
 
@@ -69,3 +69,33 @@ def test_the_learner_goes_first_on_a_cpu_where_nothing_else_needs_its_time():
     assert not first(learner=False)
     assert not first(data=DataConfig(eval="demo:heldout"))
     assert not first(overlap=OverlapConfig(mode="sequential"))
+
+
+def test_one_gpu_is_shared():
+    hardware = choose_hardware(config(), {"CPU": 8, "GPU": 1})
+    assert hardware.takes_turns and (hardware.device, hardware.dtype) == ("cuda", "bfloat16")
+    assert hardware.sampler_gpus + hardware.learner_gpus == 1 and 2 * min(hardware.sampler_gpus, hardware.learner_gpus) > 0.5
+    assert hardware.engine == {"gpu_memory_utilization": None, "enable_sleep_mode": True}
+    for alone in ({"samplers": False}, {"learner": False}):
+        assert not choose_hardware(config(), {"CPU": 8, "GPU": 1}, **alone).takes_turns
+    assert not choose_hardware(config(learner=LearnerConfig(gpus_per_worker=0)), {"CPU": 8, "GPU": 1}).takes_turns
+    with pytest.raises(BadInput, match="1 GPU, this run needs 2 = 1 sampler × 1 \\+ 1 learner × 1"):
+        choose_hardware(config(placement=PlacementConfig("separate")), {"CPU": 8, "GPU": 1})
+
+
+def test_more_gpus_are_shared_where_that_is_asked_for():
+    shared = {"placement": PlacementConfig("shared")}
+    assert not choose_hardware(config(), {"CPU": 8, "GPU": 2}).takes_turns
+    four = config(**shared, sampler=SamplerConfig(num_replicas=4), learner=LearnerConfig(num_workers=4))
+    assert choose_hardware(four, {"CPU": 8, "GPU": 4}).takes_turns
+    with pytest.raises(BadInput, match="2 GPU, this run needs 4 = 4 samplers × 1"):
+        choose_hardware(four, {"CPU": 8, "GPU": 2})
+    with pytest.raises(BadInput, match=r"placement.mode=shared does not go with 2 GPUs for a sampler and 1 for a learner's worker"):
+        choose_hardware(config(**shared, sampler=SamplerConfig(tensor_parallel_size=2)), {"CPU": 8, "GPU": 4})
+
+
+def test_on_a_cpu_players_take_turns_if_asked():
+    assert not choose_hardware(config(), {"CPU": 2}).takes_turns
+    hardware = choose_hardware(config(placement=PlacementConfig("shared")), {"CPU": 2})
+    assert hardware.takes_turns and (hardware.sampler_gpus, hardware.learner_gpus, hardware.device) == (0, 0, "cpu")
+    assert hardware.engine == {"enforce_eager": True}

@@ -455,3 +455,65 @@ def test_nobody_waits_for_answers_under_weights_that_are_lost():
         assert len(await pool.score(THETA_1, prompts(1), prompts(1), AUDIT)) == 1
 
     run(scenario)
+
+
+class Sleeper(FakeSampler):
+    """Remembers what it was told; at the verb `fails` its process dies, and Ray starts another one."""
+
+    def __init__(self, version, *, fails="", **options):
+        super().__init__(version, **options)
+        self.told, self._fails, self.start_anew = [], fails, None
+
+    async def _note(self, verb):
+        self.told.append(verb)
+        if verb == self._fails:
+            self.start_anew()
+            raise ray.exceptions.RayActorError
+
+    async def ready(self):
+        await self._note("ready")
+        return await super().ready()
+
+    async def sleep(self):
+        await self._note("sleep")
+        return ()
+
+    async def wake(self):
+        await self._note("wake")
+
+
+def test_sleep_waits_for_what_is_owed_and_for_who_starts_and_nothing_is_answered_before_wake():
+    async def scenario():
+        quick, late = Sleeper(THETA_0, prompts_per_s=100), Sleeper(THETA_0, start_s=5.0)
+        pool = await started(quick, late)
+        owed = asyncio.ensure_future(pool.sample(THETA_0, prompts(40), SETTINGS))
+        await asyncio.sleep(0)
+        await pool.sleep()
+        assert owed.done() and [quick.told, late.told] == [["ready", "sleep"]] * 2
+        asked = [asyncio.ensure_future(pool.score(THETA_0, prompts(3), prompts(3), urgency)) for urgency in (AUDIT, PLAY, EVALUATE)]
+        await asyncio.sleep(100)
+        assert not any(request.done() for request in asked)
+        await pool.wake()
+        assert [len(await request) for request in asked] == [3, 3, 3]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("fails", ["sleep", "wake"])
+def test_a_replica_that_dies_asleep_starts_when_it_may(fails):
+    async def scenario():
+        broken, whole = Sleeper(THETA_0, fails=fails), Sleeper(THETA_0)
+        pool = await started(broken, whole, max_restarts=1)
+        handle, new = pool._replicas[0].handle, Sleeper(THETA_0)
+        broken.start_anew = lambda: setattr(handle, "_target", new)
+        await pool.sleep()
+        await asyncio.sleep(100)
+        assert new.told == []  # it touches no device while others compute there
+        await pool.wake()
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        assert await pool.ready(2) == 2
+        assert {c.version for c in await pool.sample(THETA_1, prompts(8 * CHUNK), SETTINGS)} == {THETA_1}
+        assert new.told == ["ready"] and new.num_prompts and await pool.num_restarts() == 1
+
+    run(scenario)

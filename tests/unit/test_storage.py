@@ -17,7 +17,7 @@ from spin_ray.learner.coordinator import Base, Joined
 from spin_ray.learner.loop import Worker
 from spin_ray.learner.messages import Count, Save
 from spin_ray.manifest import RunDir
-from spin_ray.records import PAIR_SCHEMA, to_table
+from spin_ray.records import PAIR_SCHEMA, Saved, to_table
 from spin_ray.storage import DISK, Disk, ObjectStore, _connect, open_storage
 
 
@@ -120,13 +120,13 @@ def test_a_run_goes_on_from_the_store_alone(object_store, tmp_path):
         run.mark("prepared", block_sizes=[3])
         write(run.path / "metrics.jsonl", "{}\n"), write(run.logs / "sampler-0.log", "hello")
         write(run.model(0) / "weights", "w"), run.storage.publish(run.model(0))
-        run.mark_checksums(0)
+        run.mark_checksums(0, [run.model(0)])
     again = RunDir.open(config(url, tmp_path / "second"))
     with again.locked():
         assert again.marks("prepared") == [{"stage": "prepared", "block_sizes": [3]}]
         assert (again.path / "metrics.jsonl").read_text() == "{}\n"
         again.mark("iteration", iteration=0)
-        again.check_model(0)
+        again.check_weights(0, [again.model(0)])
         assert str(again) == url.split("?")[0] + "/r"
     store, base = _connect(url)
     assert store.open_input_stream(f"{base}/r/manifest.jsonl").read().decode().count("\n") == 3
@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_the_store_alone(object_store, tmp_path):
     with store.open_output_stream(f"{base}/r/iter_000/model/weights") as file:
         file.write(b"v")
     with pytest.raises(BadInput, match=r"s3://bucket/.*/r/iter_000/model/weights: missing or damaged"):
-        again.check_model(0)
+        again.check_weights(0, [again.model(0)])
 
 
 def test_a_block_crosses_the_store_and_a_damaged_one_is_noticed(nodes, make_pairs):
@@ -166,7 +166,7 @@ class FullDisk(SimpleNamespace):
 
 def test_full_disk_under_export_commit_and_manifest_is_one_line_that_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    worker = Worker(FullDisk(), SimpleNamespace(coordinator=None, storage=DISK), Joined(Base("", None), 1, 0))
+    worker = Worker(FullDisk(), SimpleNamespace(coordinator=None, storage=DISK), Joined(Base(Saved(""), None), 1, 0))
     with pytest.raises(BadInput, match="iter_000/model: cannot be written: No space left on device"):
         worker._save(Save(str(tmp_path / "iter_000/model")))
 
@@ -210,7 +210,7 @@ def test_progress_is_replaced_as_a_whole_and_a_save_that_is_cut_short_changes_no
 
     def worker(node):
         storage = DISK if kind == "disk" else ObjectStore(url, tmp_path / node)
-        worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=storage), Joined(Base("", None), 1, 0))
+        worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=storage), Joined(Base(Saved(""), None), 1, 0))
         worker._log = lambda _: None
         progress = tmp_path / ("run" if kind == "disk" else node) / "iter_000/progress"
         return worker, SimpleNamespace(progress_path=str(progress)), storage
@@ -238,7 +238,7 @@ def test_progress_is_replaced_as_a_whole_and_a_save_that_is_cut_short_changes_no
 
 def test_damaged_progress_is_named(tmp_path):
     write(tmp_path / "count.json", '{"steps": 5, "p')
-    worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=DISK), Joined(Base("", None), 1, 0))
+    worker = Worker(Saver(), SimpleNamespace(coordinator=None, storage=DISK), Joined(Base(Saved(""), None), 1, 0))
     with pytest.raises(BadInput, match=r"count\.json: damaged .*begin the iteration's training again"):
         worker._take_up(SimpleNamespace(progress_path=str(tmp_path)))
 

@@ -49,7 +49,7 @@ def test_folders_that_hold_no_whole_model_are_named(tmp_path):
     with pytest.raises(BadInput, match=r"no tokenizer in there \(tokenizer\.json, tokenizer\.model, tokenizer_config\.json\); copy|no tokenizer can be loaded"):
         inspect(folder)
     (folder / "config.json").rename(folder / "adapter_config.json")
-    with pytest.raises(BadInput, match=r"an adapter without its base; merge it into that first \(peft's merge_and_unload\), and save that"):
+    with pytest.raises(BadInput, match=r"an adapter without its base; give the base as model\.path, and this as model\.adapter"):
         inspect(folder)
 
 
