@@ -34,6 +34,7 @@ from spin_ray.exchange.pairs import read_pairs, write_table
 from spin_ray.guard import check_nll
 from spin_ray.heldout import advantage, are_right, as_pairs, divergence, quality
 from spin_ray.learner.loop import plain_real_logps
+from spin_ray.manifest import RunDir
 from spin_ray.methods import Method
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.overlap import Overlap
@@ -63,7 +64,7 @@ def run_eval(config: Config) -> None:
         with ray_cluster(config, learner=False) as hardware:
             saved = facts.saved
             if config.model.quantization:
-                saved = Saved(str(config.run_path / "start" / "base"), saved.adapter)
+                saved = Saved(str(RunDir(config.run_path).quantized_base()), saved.adapter)
                 write_quantized_base(config, facts, Path(saved.model), hardware.dtype)
             refuse_sampler(facts, hardware, reloads=False)
             pool = start_opponent(config, saved, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)

@@ -18,6 +18,8 @@ PLAY_TASK_CPUS = 0.1
 
 BLOCKS_PER_PROCESS = 256
 
+MEMORY_SHARE = 0.9
+"""Of a GPU's memory, for an engine that is not told."""
 SAMPLER_SHARE, LEARNER_SHARE = 0.6, 0.4
 """Of a GPU, as Ray counts, where both take turns on it: one of each fills it, and two of a kind never fit."""
 
@@ -47,7 +49,7 @@ class Hardware:
     logits_elements: int = 12 * 2**20
     """Logits that the learner's output layer holds at a time: small keeps a CPU's memory low, large keeps a GPU busy."""
     engine: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the vLLM engine."""
+    """Settings of the vLLM engine. A memory share of None is decided where the GPU is seen (sampler/actor.py): players take turns on it."""
     sampler_env: Mapping[str, str] = field(default_factory=dict)
     learner_env: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,7 +94,9 @@ def choose_hardware(
     _check_fits("CPU", total, [*cpus, ("play process", play_processes(blocks_in_flight), PLAY_TASK_CPUS)])
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if sampler_gpus and learner_gpus else "float32")
     tolerance = config.audit.tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
-    gpu_engine = {"gpu_memory_utilization": sampler.gpu_memory_utilization, **({"enable_sleep_mode": True} if takes_turns else {})}
+    gpu_engine: dict[str, Any] = {"gpu_memory_utilization": sampler.gpu_memory_utilization or (None if takes_turns else MEMORY_SHARE)}
+    if takes_turns:
+        gpu_engine["enable_sleep_mode"] = True
     cpu_env = {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1",
     }

@@ -229,7 +229,7 @@ def steps(device: str, _: Path) -> dict[str, Any]:
 
 
 def sampler(device: str, scratch: Path) -> dict[str, Any]:
-    """vLLM asleep and awake, with new weights in between, against transformers."""
+    """vLLM with a tiny model's weights and with new ones, against transformers: `bench samplers`. It sleeps and wakes in `run`."""
     from spin_ray.bench.samplers import in_own_process
 
     found = in_own_process("llama")

@@ -78,7 +78,7 @@ def _engine(folder: Path, options: argparse.Namespace) -> Any:
     save_model(folder / "model", options.model)
     if options.lora:
         save_adapter(folder, rank=options.lora)
-    hardware = choose_hardware(Config(), {"CPU": 2, "GPU": 2 * float(torch.cuda.is_available())})
+    hardware = choose_hardware(Config(), {"CPU": 2, "GPU": float(torch.cuda.is_available())}, learner=False)
     os.environ.update(hardware.sampler_env)
     from spin_ray.sampler.engine import OpponentEngine
 

@@ -77,7 +77,7 @@ def _try(family: str) -> dict[str, str]:
     from spin_ray.records import Saved, Version
     from spin_ray.sampler.engine import OpponentEngine
 
-    hardware = choose_hardware(Config(), {"CPU": 2, "GPU": float(torch.cuda.is_available())})
+    hardware = choose_hardware(Config(), {"CPU": 2, "GPU": float(torch.cuda.is_available())}, learner=False)
     os.environ.update(hardware.sampler_env)
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:

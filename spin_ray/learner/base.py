@@ -7,7 +7,6 @@ same base.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,22 +17,11 @@ from spin_ray.learner.export import read_beside, write_model
 from spin_ray.learner.names import FolderNames
 from spin_ray.learner.quantized import plain, quantize
 
-BUCKET_BYTES = 2**30
-
 
 def write_base(source: str, folder: Path, *, dtype: str, trust_remote_code: bool) -> None:
     """Write the model of a folder as another one. In a process of its own: it holds the whole model. Raises BadInput."""
     lm = load_model(source, dtype=getattr(torch, dtype))
     quantize(lm, linear_layers(lm), torch.device("cpu"))
     names = FolderNames(lm)
-
-    def buckets() -> Iterator[list[tuple[str, torch.Tensor]]]:
-        bucket: list[tuple[str, torch.Tensor]] = []
-        for group in names.groups:
-            bucket += names.convert(group, [plain(tensor) for tensor in names.of(group)]).items()
-            if sum(tensor.nbytes for _, tensor in bucket) >= BUCKET_BYTES:
-                yield bucket
-                bucket = []
-        yield bucket
-
-    write_model(lm, buckets(), folder, read_beside(source, trust_remote_code=trust_remote_code))
+    buckets = (list(names.convert(group, [plain(tensor) for tensor in names.of(group)]).items()) for group in names.groups)
+    write_model(lm, buckets, folder, read_beside(source, trust_remote_code=trust_remote_code))

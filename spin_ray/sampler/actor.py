@@ -16,7 +16,7 @@ import ray
 from spin_ray.chatter import redirect_output
 from spin_ray.errors import BadInput, EngineFailed, WeightsLost
 from spin_ray.imports import without_gc
-from spin_ray.placement import own_devices
+from spin_ray.placement import MEMORY_SHARE, own_devices
 from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Version
 from spin_ray.storage import DISK, Disk
 
@@ -54,7 +54,9 @@ class Sampler:
 
     def _start(self) -> None:
         args, saved = self._args, self._args.saved.fetched(self._storage)
-        settings = {**args.engine, **({"gpu_memory_utilization": _memory_share(args)} if "gpu_memory_utilization" in args.engine else {})}
+        settings = dict(args.engine)
+        if settings.get("gpu_memory_utilization", 0) is None:
+            settings["gpu_memory_utilization"] = _share_beside_a_learner_at_rest()
         with without_gc():
             from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
 
@@ -149,16 +151,12 @@ class Sampler:
             yield from from_bucket(bucket, second_names)
 
 
-def _memory_share(args: SamplerArgs) -> float:
+def _share_beside_a_learner_at_rest() -> float:
     """Of a GPU's memory, for the engine."""
     import torch
 
-    asked, takes_turns = args.engine["gpu_memory_utilization"], args.engine.get("enable_sleep_mode", False)
-    if asked is not None or not takes_turns:
-        return asked or MEMORY_SHARE
     return min(MEMORY_SHARE, 1 - LEARNER_AT_REST_BYTES / torch.cuda.get_device_properties(0).total_memory)
 
 
-MEMORY_SHARE = 0.9
 LEARNER_AT_REST_BYTES = 1.5 * 2**30
 """What a learner that rests keeps of a GPU: CUDA's context, NCCL's buffers and those of the matrix library."""

@@ -67,8 +67,12 @@ def one_worker(tiny_model, tmp_path_factory):
 def plain_torch(tiny_model):
     """The same three steps with torch.optim, one micro-batch per step, no DeepSpeed."""
     lm = AutoModelForCausalLM.from_pretrained(tiny_model(tied=True), dtype=torch.float32, attn_implementation=attention.NAME)
-    policy = PolicyLogps(lm)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+    return *plain_steps(PolicyLogps(lm), list(lm.parameters())), dict(lm.named_parameters())
+
+
+def plain_steps(policy, parameters):
+    """(losses, gradient norms) of the three steps that ranks.py takes, by torch alone."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     losses, norms = [], []
     for step, count in enumerate([9, 8, 1]):
         pairs = batch(step, count)
@@ -78,10 +82,10 @@ def plain_torch(tiny_model):
         loss = PairObjective(0.1, nll_weight=0.1)(PairLogps(packed.sums(policy(packed)), opponent, num_tokens))[0].mean()
         optimizer.zero_grad()
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.5).item())
         optimizer.step()
         losses.append(loss.item())
-    return losses, norms, dict(lm.named_parameters())
+    return losses, norms
 
 
 def deterministic(metrics: dict) -> dict:

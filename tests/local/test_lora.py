@@ -8,9 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ranks import batch
 from safetensors.torch import load_file
-from test_learner import run_ranks
+from test_learner import plain_steps, run_ranks
 from test_run import SMALL, manifest, metrics, spin_ray
 from test_sampler import PROMPT, SAMPLED, no_process_group_is_left, transformers_logps  # noqa: F401
 from transformers import AutoModelForCausalLM
@@ -22,10 +21,8 @@ from spin_ray.exchange.adapters import AdapterFiles, read_adapter
 from spin_ray.learner.adapter import Adapter, first_adapter
 from spin_ray.learner.engine import load_model
 from spin_ray.learner.logps import PolicyLogps
-from spin_ray.learner.packing import pack
-from spin_ray.losses import PairLogps, PairObjective
 from spin_ray.placement import choose_hardware
-from spin_ray.records import Saved, Version, opponent_reference
+from spin_ray.records import Saved, Version
 from spin_ray.sampler.engine import OpponentEngine
 
 SETUPS = (0, 1, 2, 3, "bfloat16", "checkpointed", "no_room")
@@ -67,22 +64,7 @@ def test_the_main_player_trains_the_adapter_as_plain_torch_does(base, ranks):
     folder, adapter = base
     lm = load_model(str(folder), dtype=torch.float32)
     trained = Adapter(lm, adapter)
-    policy = PolicyLogps(lm)
-    optimizer = torch.optim.AdamW(trained.parameters.values(), lr=1e-3, weight_decay=0.0)
-    losses = []
-    for step, count in enumerate([9, 8, 1]):
-        pairs = batch(step, count)
-        packed = pack(pairs, share_prompt=False)
-        opponent = torch.tensor(np.array([opponent_reference(p) for p in pairs]), dtype=torch.float32)
-        num_tokens = torch.tensor([[len(answer) for answer in p.answers] for p in pairs])
-        loss = PairObjective(0.1, nll_weight=0.1)(PairLogps(packed.sums(policy(packed)), opponent, num_tokens))[0].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters.values(), 0.5)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3
-        optimizer.step()
-        losses.append(loss.item())
+    losses, _ = plain_steps(PolicyLogps(lm), list(trained.parameters.values()))
     for size, (stages, out) in ranks.items():
         for stage, found in stages.items():
             if stage == "bfloat16":
