@@ -132,6 +132,7 @@ BENCHES = {
     "sync": "a publish-load cycle of 1 GiB of weights against the machine's memcpy",
     "scripts": "the whole job against a fresh vLLM and a fresh TRL process per iteration",
     "turns": "what of an iteration is lost where the players take turns on one GPU, with simulated players",
+    "shards": "a learner's rank under ZeRO-3, alone and as one of several: memory while it loads, exports and checkpoints",
     "rows": "a million short rows read, tokenised and written: the driver's memory and time",
     "chaos": "a job whose processes are killed at random moments: is anything lost, done twice or wrong",
 }

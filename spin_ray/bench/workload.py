@@ -18,6 +18,8 @@ SHAPES: dict[str, dict[str, Any]] = {
              "num_key_value_heads": 1, "max_position_embeddings": 1024, "tie_word_embeddings": True},
     "small": {**_LLAMA, "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "0.3b": {**_LLAMA, "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18,
+             "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 1024, "tie_word_embeddings": True},
     "qwen3-0.6b": {"model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
                    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,
                    "tie_word_embeddings": True},
@@ -28,7 +30,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                   "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768,
                   "sliding_window": None, "tie_word_embeddings": False},
 }
-"""Hugging Face config of each model by name; "small" has 12.7M parameters, the last three are the published models' shapes."""
+"""Hugging Face config of each model by name; "small" has 12.7M parameters, "0.3b" 264M (1.0 GiB in float32), the others are the published
+models' shapes."""
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 

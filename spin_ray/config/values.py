@@ -35,8 +35,11 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(config: Config, saved: dict[str, Any]) -> list[str]:
-    """What a run directory's config.json says otherwise: one "key: saved -> present" per key that changes the result."""
-    now, then = flatten(config), _flatten_dict(saved)
+    """What a run directory's config.json says otherwise: one "key: saved -> present" per key that changes the result.
+
+    A key that it lacks was not there yet in the version that wrote it, and counts as its default.
+    """
+    now, then = flatten(config), flatten(Config()) | _flatten_dict(saved)
     keys = [key for key in sorted(now.keys() | then.keys()) if changes_result(key)]
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if now.get(key) != then.get(key)]
 

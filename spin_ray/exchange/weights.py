@@ -19,6 +19,8 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 BUCKET_BYTES = 256 * 2**20
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What transformers calls a model's only file of weights, and the list of several."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,13 @@ def to_bucket(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:
     return WeightBucket(
         tuple(name for name, _ in tensors), tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
         tuple(tuple(tensor.shape) for _, tensor in tensors),
-        tuple(tensor.contiguous().view(-1).view(torch.uint8).numpy() for _, tensor in tensors),
+        tuple(bytes_of(tensor) for _, tensor in tensors),
     )
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """[num_bytes] uint8; the tensor's own memory where it lies in one piece."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def from_folder(folder: Path, tied_names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -84,11 +91,11 @@ def _names(path: Path) -> list[str]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if not folder.is_absolute() and not folder.is_dir():  # a name on the model hub; it is in this node's cache, or comes there
-        folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-    index = folder / "model.safetensors.index.json"
+        folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", INDEX]))
+    index = folder / INDEX
     if index.exists():  # beside its files some models bring the same weights in another format
         return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    whole = folder / "model.safetensors"
+    whole = folder / WHOLE
     return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
 
 

@@ -22,6 +22,7 @@ from spin_ray.config import LoraConfig
 from spin_ray.errors import BadInput
 from spin_ray.exchange.adapters import PREFIX, AdapterFiles, new_adapter, read_adapter
 from spin_ray.learner.logps import body
+from spin_ray.learner.quantized import true_shape
 
 _NAME = "default"
 """peft's for the adapter that it puts in first."""
@@ -34,7 +35,7 @@ def linear_layers(lm: nn.Module) -> dict[str, tuple[int, int]]:
     a part of an expert, such as a shared expert's, for one.
     """
     below, head = {id(module) for module in body(lm).modules()}, lm.get_output_embeddings()
-    mixture = any(parameter.ndim > 2 for parameter in body(lm).parameters())
+    mixture = any(len(true_shape(parameter)) > 2 for parameter in body(lm).parameters())
     return {
         name: (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (module.nx, module.nf)
         for name, module in lm.named_modules()
@@ -95,8 +96,7 @@ class Adapter:
             where = "the adapter's file lacks" if strange[0] in own else "the model has no place for"
             raise BadInput(f"{folder}: {where} {strange[0]}")
         for name, parameter in own.items():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            if shape != tensors[name].shape:
+            if (shape := true_shape(parameter)) != tensors[name].shape:
                 raise BadInput(f"{folder}: {name} is {list(tensors[name].shape)}, for this model it must be {list(shape)}")
 
     def read(self, folder: Path) -> list[torch.Tensor]:

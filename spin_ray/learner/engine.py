@@ -6,8 +6,9 @@ Plain class, one instance per rank; every method that touches weights is a colle
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.learner.proof import NUM_PARAMETERS, TOLERANCES, Facts, compare
 from spin_ray.learner.quantized import plain, quantize, true_shape
 from spin_ray.learner.resting import Resting
+from spin_ray.learner.sharded import read_in_shards
 from spin_ray.losses import GENERATED, REAL, LikelihoodObjective, PairLogps, PairObjective
 from spin_ray.model import refuse_unsupported
 from spin_ray.placement import Hardware
@@ -62,7 +64,11 @@ class MainPlayer:
         self.model_path = model_path
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(hardware.device, torch.cuda.current_device() if hardware.device == "cuda" else 0)
-        self._lm = load_model(model_path, dtype=getattr(torch, hardware.dtype))
+        # Without ZeRO or bf16, DeepSpeed steps the bare optimizer: it waits for no gradient, and reports no norm of it.
+        self._bare = config.zero_stage == 0 and hardware.dtype == "float32"
+        self._sharded = config.zero_stage == 3
+        self._deepspeed_config = _deepspeed_config(config, hardware, clips_itself=self._bare)
+        self._lm = self._load(model_path)
         check_export_names(self._lm, Path(model_path))  # the driver has said what is left out
         self._beside = read_beside(model_path, trust_remote_code=trust_remote_code, chat_template=chat_template) if self.rank == 0 else {}
         if quantized:
@@ -71,8 +77,6 @@ class MainPlayer:
         if config.activation_checkpointing or self._lm.supports_gradient_checkpointing:
             self._lm.gradient_checkpointing_enable()  # _checkpoint decides, row by row
         self._flops, self._peak_flops = ModelFlops.of(self._lm), peak_flops(self.device, self._lm.dtype)
-        # Without ZeRO or bf16, DeepSpeed steps the bare optimizer: it waits for no gradient, and reports no norm of it.
-        self._bare = config.zero_stage == 0 and hardware.dtype == "float32"
         policy = PolicyLogps(self._lm, chunk_elements=hardware.logits_elements, accumulate=self._bare)
         self.proof = self._prove(policy, proof_pairs) if proof_pairs and self._fits_whole() else None
         if config.compile:
@@ -86,21 +90,26 @@ class MainPlayer:
         if self._bare:
             optimizer.register_step_pre_hook(self._clip)
         drop_left_build_locks()
-        self._engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, config=_deepspeed_config(config, hardware, clips_itself=self._bare)
-        )
+        self._engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=self._deepspeed_config)
         if config.zero_stage == 0 and self.world_size == 1:
             self._engine.enable_backward_allreduce = False  # with itself; it would copy all gradients into one tensor
         quieten(policy)  # DeepSpeed asks no module for its mode
         if proof_pairs and not self.proof:
             self.proof = self._prove(policy, proof_pairs, num_parameters=0)
 
+    def _load(self, model_path: str) -> Any:
+        """The model of a folder: whole, or under ZeRO-3 this rank's shards, which is a collective."""
+        read = partial(load_model, model_path, dtype=getattr(torch, self._hardware.dtype))
+        return read_in_shards(read, self._deepspeed_config) if self._sharded else read()
+
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         """Name in memory -> parameter, of all that is trained."""
         return {name: parameter for name, parameter in self._lm.named_parameters() if parameter.requires_grad}
 
     def _fits_whole(self) -> bool:
-        """Whether the device has room for all weights, and as much again for two passes over a few rows: before they are sharded."""
+        """Whether the weights are whole, and the device has room for them and as much again for two passes over a few rows."""
+        if self._sharded:
+            return False
         size = sum(parameter.numel() * parameter.element_size() for parameter in self._lm.parameters())
         return self.device.type == "cpu" or 2 * size < torch.cuda.mem_get_info(self.device)[0]
 
@@ -222,19 +231,20 @@ class MainPlayer:
         if saved is None:
             self._copies[name] = [tensor.detach().clone() for tensor in self._weight_storage()]
         elif name not in self._copies:
-            self._copies[name] = [self._own_part(*each) for each in zip(self._trained().values(), self._lying_at(saved), strict=True)]
+            self._copies[name] = self._lying_at(saved)
 
     def _lying_at(self, saved: Saved) -> list[torch.Tensor]:
-        """Of weights on disk what is trained here, in our order."""
+        """This rank's part of weights on disk, in the order of those that are trained here."""
         if self._adapter:
-            return self._adapter.read(Path(saved.adapter))
-        others = dict(PolicyLogps(load_model(saved.model, dtype=self._lm.dtype)).lm.named_parameters())
-        return [others[name] for name in self._trained()]
+            others = self._adapter.read(Path(saved.adapter))
+            return [self._own_part(*each) for each in zip(self._trained().values(), others, strict=True)]
+        parameters = dict(PolicyLogps(self._load(saved.model)).lm.named_parameters())
+        return [tensor.detach().to(self.device) for tensor in self._held(parameters[name] for name in self._trained())]
 
     def _own_part(self, parameter: torch.nn.Parameter, other: torch.Tensor) -> torch.Tensor:
         """Of another tensor of the same shape what this rank holds of ours."""
         whole = other.detach().to(self.device)
-        if self._config.zero_stage != 3:
+        if not self._sharded:
             return whole
         size = parameter.ds_tensor.numel()  # DeepSpeed's shards: equal parts of the flat parameter, padded at its end
         padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
@@ -267,7 +277,7 @@ class MainPlayer:
             self._point_weights_at(live)
 
     def _point_weights_at(self, memory: Sequence[torch.Tensor]) -> None:
-        if self._config.zero_stage == 3:
+        if self._sharded:
             for parameter in self._trained().values():
                 if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered: drop that copy
                     parameter.partition()
@@ -276,7 +286,10 @@ class MainPlayer:
 
     def _weight_storage(self) -> list[torch.Tensor]:
         """The tensors that hold this rank's part of what is trained: whole parameters, or under ZeRO-3 their shards."""
-        return [p.ds_tensor if self._config.zero_stage == 3 else p for p in self._trained().values()]
+        return self._held(self._trained().values())
+
+    def _held(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+        return [parameter.ds_tensor if self._sharded else parameter for parameter in parameters]
 
     @torch.no_grad()
     def token_logps(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
@@ -328,7 +341,7 @@ class MainPlayer:
 
     def _whole(self, parameters: list[torch.nn.Parameter]) -> Any:
         """While the body runs, every rank has these in full; the ranks enter and leave together."""
-        return deepspeed.zero.GatheredParameters(parameters, enabled=self._config.zero_stage == 3)
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded)
 
     def adapter_weights(self) -> AdapterFiles | None:
         """The adapter as its folder has it, on the CPU, live where it lies there; None on other ranks than 0, and without an adapter.
@@ -339,7 +352,7 @@ class MainPlayer:
         parameters = self._adapter.parameters
         with self._whole(list(parameters.values())):
             tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-            if self._config.zero_stage == 3:
+            if self._sharded:
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return None if self.rank else self._adapter.files(tensors)
 
@@ -398,6 +411,8 @@ def load_model(model_path: str, **options: Any) -> Any:
         raise BadInput(f"{model_path}: no weights in safetensors can be loaded from there: {str(error).splitlines()[0]}") from error
 
 
+_BUCKET_ELEMENTS = 50_000_000
+"""Gradients that travel together: enough for any network, and a tenth of the memory that DeepSpeed would set aside."""
 _IN_CHECKPOINTS = [fragment_address, LossScaler, ZeroStageEnum]
 """All that DeepSpeed pickles into its checkpoints besides tensors and Python's own types."""
 
@@ -429,7 +444,9 @@ def _deepspeed_config(config: LearnerConfig, hardware: Hardware, *, clips_itself
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # step() is the boundary: the number of micro-batches differs from batch to batch
         "gradient_clipping": 0.0 if clips_itself else config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage, **offload},
+        "zero_optimization": {
+            "stage": config.zero_stage, "reduce_bucket_size": _BUCKET_ELEMENTS, "allgather_bucket_size": _BUCKET_ELEMENTS, **offload,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own needs a compiler on the user's machine, and knows no RMSprop
         "bf16": {"enabled": hardware.dtype == "bfloat16"},

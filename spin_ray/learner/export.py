@@ -1,7 +1,7 @@
-"""A model's folder: weights in shards, and beside them all that the folder it came from says about the model.
+"""A model's folder: weights, and beside them all that the folder it came from says about the model.
 
 - `config.json`: written by transformers; dtype and class are those of the model in memory.
-- `*.safetensors`: written here, shard by shard, so rank 0 never holds more than one.
+- `*.safetensors`: written as the weights are gathered, so rank 0 never holds more than a bucket of them (streamed.py).
 - tokenizer and chat template: saved by the tokenizer as it was loaded.
 - `generation_config.json`: the source's, byte for byte; none there, none here. transformers loads files that it refuses to save
   (a temperature without `do_sample`: Vicuna, Llama 2), and they mean the same in the export.
@@ -14,27 +14,26 @@ Everything beside the weights is read when a run starts, so the end of an iterat
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from spin_ray.errors import BadInput, RunStopped, in_one_line
+from spin_ray.errors import BadInput, in_one_line
 from spin_ray.exchange.weights import shapes_in
-from spin_ray.learner.names import FolderNames, Shapes, describe_export
+from spin_ray.learner.names import FolderNames, Shapes, describe_export, export_layout
+from spin_ray.learner.streamed import StreamedFiles
 from spin_ray.tokenizer import load_tokenizer, save_tokenizer
 
 CONFIG = "config.json"
-SHARD_BYTES = 4 * 2**30
+FILE_BYTES = 4 * 2**30
 _AS_IT_IS = ("generation_config.json", "*.py")
 _UNLESS_WRITTEN = (
     "merges.txt", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "*processor_config.json",
@@ -94,22 +93,20 @@ def write_beside(beside: Beside, folder: Path) -> None:
 
 
 def write_model(
-    lm: PreTrainedModel, buckets: Iterable[list[tuple[str, torch.Tensor]]], folder: Path, beside: Beside, *, shard_bytes: int = SHARD_BYTES,
+    lm: PreTrainedModel, buckets: Iterable[list[tuple[str, torch.Tensor]]], folder: Path, beside: Beside, *, file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write an export from the tensors of `buckets`, whose memory may change from bucket to bucket; at most a shard and a bucket is held.
+    """Write an export from the tensors of `buckets`, whose memory may change from bucket to bucket. Nothing but a bucket is held.
 
-    Raises RunStopped if the files do not hold what the model has, tensor by tensor.
+    Raises RunStopped if they are not what the model has, tensor by tensor.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(lm, folder)
     write_beside(beside, folder)
-    files = list(_write_shards(buckets, folder, shard_bytes))
-    if len(files) == 1:
-        (folder / files[0][0]).rename(folder / "model.safetensors")
-    else:
-        _write_index(files, folder)
-    if (there := shapes_in(folder)) != (wanted := describe_export(lm)):
-        raise RunStopped(f"{folder}: the export does not hold the model's tensors: {_first_differences(wanted, there)}")
+    files = StreamedFiles(export_layout(lm), folder, file_bytes=file_bytes)
+    for bucket in buckets:
+        for name, tensor in bucket:
+            files.write(name, tensor)
+    files.end()
 
 
 def write_config(lm: PreTrainedModel, folder: Path) -> None:
@@ -118,40 +115,6 @@ def write_config(lm: PreTrainedModel, folder: Path) -> None:
     if lm.is_remote_code():
         custom_object_save(lm, folder, config=lm.config)
     lm.config.save_pretrained(folder)
-
-
-def _write_shards(
-    buckets: Iterable[list[tuple[str, torch.Tensor]]], folder: Path, shard_bytes: int
-) -> Iterator[tuple[str, dict[str, int]]]:
-    """Files of at most about `shard_bytes`, each with the bytes of its tensors. How many there will be is not known yet."""
-    shard: dict[str, torch.Tensor] = {}
-
-    def written() -> tuple[str, dict[str, int]]:
-        name = f"model-part-{number:05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        return name, {name: tensor.nbytes for name, tensor in shard.items()}
-
-    number = 1
-    for bucket in buckets:
-        for name, tensor in bucket:
-            shard[name] = tensor.clone(memory_format=torch.contiguous_format)
-        if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
-            yield written()
-            shard, number = {}, number + 1
-    if shard:
-        yield written()
-
-
-def _write_index(files: list[tuple[str, dict[str, int]]], folder: Path) -> None:
-    """Give the shards the names that transformers gives them, and write down which tensor is where."""
-    places: dict[str, str] = {}
-    for number, (file, sizes) in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        (folder / file).rename(folder / name)
-        places |= dict.fromkeys(sizes, name)
-    total = sum(sum(sizes.values()) for _, sizes in files)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def check_export_names(lm: PreTrainedModel, source: Path) -> list[str]:

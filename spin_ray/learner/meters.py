@@ -49,7 +49,7 @@ class ModelFlops:
         layers = sum(_weights_used(module, getattr(config, "num_experts_per_tok", None)) for module in body(lm).modules())
         width = config.num_hidden_layers * config.num_attention_heads * head_size
         head = lm.get_output_embeddings().weight
-        return cls(layers, head.numel() * _share(head), width)
+        return cls(layers, true_shape(head).numel() * _share(head), width)
 
     def step(self, pairs: Sequence[Pair], *, share_prompt: bool) -> float:
         """FLOPs of training on these pairs. Worked: layers 1, head 0, width 0, pair of 4 + 3 and 5 tokens, shared: 6 × 10 = 60."""
@@ -101,6 +101,11 @@ def peak_resident_gib() -> float:
     """Peak resident memory of this process. Not getrusage's: a process inherits that from the one that started it."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def forget_peak() -> None:
+    """From now on the peak is that of what is still to come."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def row_use(plan: list[list[list[int]]], lengths: Sequence[int], *, pack_tokens: int) -> dict[str, Any]:

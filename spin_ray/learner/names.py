@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from spin_ray.learner.quantized import true_shape
+from spin_ray.learner.quantized import blank
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -116,13 +116,18 @@ def _reverted(lm: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightCon
 
 
 def describe_export(lm: PreTrainedModel) -> Shapes:
-    """Name -> shape of every tensor that an export of `lm` has. Computed on torch's meta device, so weights may be sharded or absent."""
+    """Name -> shape of every tensor that an export of `lm` has."""
+    return shapes_of(export_layout(lm))
+
+
+def export_layout(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Name -> every tensor that an export of `lm` has, on torch's meta device: so weights may be sharded or absent."""
     names = FolderNames(lm)
-    shapes: Shapes = {}
-    for group in names.groups:
-        blank = [torch.empty(true_shape(tensor), device="meta") for tensor in names.of(group)]
-        shapes |= shapes_of(names.convert(group, blank))
-    return shapes
+    return {
+        name: tensor
+        for group in names.groups
+        for name, tensor in names.convert(group, [blank(tensor) for tensor in names.of(group)]).items()
+    }
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:

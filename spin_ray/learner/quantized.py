@@ -49,3 +49,9 @@ def true_shape(tensor: torch.Tensor) -> torch.Size:
     """Of what a weight stands for, whole: also of one in 4 bits, or in DeepSpeed's shards."""
     state = getattr(tensor, "quant_state", None)
     return getattr(tensor, "ds_shape", tensor.shape) if state is None else state.shape
+
+
+def blank(tensor: torch.Tensor) -> torch.Tensor:
+    """What a weight stands for, whole, without its values: on torch's meta device."""
+    state = getattr(tensor, "quant_state", None)
+    return torch.empty(true_shape(tensor), dtype=tensor.dtype if state is None else state.dtype, device="meta")

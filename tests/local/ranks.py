@@ -27,15 +27,7 @@ SETUPS = {
     "offload_3": {"zero_stage": 3, "offload_optimizer": True},
     "checkpointed": {"zero_stage": 0, "activation_checkpointing": True},
     "bfloat16": {"zero_stage": 2},
-    "no_room": {"zero_stage": 3},
 }
-
-
-class NoRoom(MainPlayer):
-    """On a device that cannot hold the whole model twice: what is proved at the door goes through the sharded engine."""
-
-    def _fits_whole(self):
-        return False
 
 
 def batch(seed: int, count: int) -> list[Pair]:
@@ -100,7 +92,7 @@ def main(saved: Saved, out: Path, stage: str, optimizer: str) -> None:
     setup = SETUPS[stage] if stage in SETUPS else {"zero_stage": int(stage)}
     config = LearnerConfig(optimizer=optimizer, pack_tokens=60, grad_clip=0.5, **setup)
     hardware = dataclasses.replace(HARDWARE, dtype="bfloat16" if stage == "bfloat16" else "float32")
-    player = (NoRoom if stage == "no_room" else MainPlayer)(saved, config, hardware, proof_pairs=batch(7, 3))
+    player = MainPlayer(saved, config, hardware, proof_pairs=batch(7, 3))
     player.save_checkpoint(out / f"start_{stage}")
     player.begin_iteration()
     player.keep_copy("opponent")

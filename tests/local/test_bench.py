@@ -49,3 +49,15 @@ def test_rows_prepares_every_format():
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["csv"]["prompts"] == 700 and result["csv"]["blocks"] == 11 and result["csv"]["peak_gib"] >= result["csv"]["imports_gib"] > 0.1
+
+
+def test_shards_tells_the_memory_of_a_rank():
+    done = subprocess.run(
+        [sys.executable, "-m", "spin_ray", "bench", "shards", "--model", "small", "--ranks", "2", "--bucket-mib", "4"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["alone_gib"].keys() == result["each_gib"].keys()
+    for part in ("load", "export", "save", "resume"):  # in a step of so small a model, what every rank has counts for more
+        assert result["alone_gib"][part] > result["each_gib"][part] > 0.02, part

@@ -133,7 +133,7 @@ def test_frozen_references_stay_those_of_the_iteration_s_start(one_worker, stage
 def test_every_setup_proves_itself_at_the_door(one_worker, stage):
     proof = one_worker[stage]["proof"]
     assert proof.within(TOLERANCES[torch.bfloat16] if stage == "bfloat16" else EXACT) and proof.num_tokens > 40
-    assert bool(proof.parameter) == (stage != "no_room")  # a sharded model has no gradients there
+    assert bool(proof.parameter) == (stage not in (3, "offload_3"))  # a model in shards has no gradients there
 
 
 @pytest.mark.parametrize("setup", [*STAGES, *SETUPS])
@@ -247,12 +247,13 @@ def test_other_families_train_alike_sharded_and_checkpointed(families, family):
     results, folder = families
     came = {name: tensor for path in (folder / family).glob("*.safetensors") for name, tensor in load_file(path).items()}
     plain = results[family][0]
-    for result in results[family].values():
+    for stage, result in results[family].items():
         assert [deterministic(step) for step in result["steps"]] == [
             pytest.approx(deterministic(step), rel=1e-3, abs=1e-4) for step in plain["steps"]
         ]
         check_scores(result)
-        assert result["weights"].keys() == came.keys() and result["proof"].within(EXACT) and result["proof"].parameter
+        assert result["weights"].keys() == came.keys() and result["proof"].within(EXACT)
+        assert bool(result["proof"].parameter) == (stage != 3)
         for name, weight in result["weights"].items():
             seen = "visual" in name
             assert torch.equal(weight, came[name]) == seen, name  # what sees pictures stays as it came

@@ -25,7 +25,7 @@ from spin_ray.placement import choose_hardware
 from spin_ray.records import Saved, Version
 from spin_ray.sampler.engine import OpponentEngine
 
-SETUPS = (0, 1, 2, 3, "bfloat16", "checkpointed", "no_room")
+SETUPS = (0, 1, 2, 3, "bfloat16", "checkpointed")
 
 
 def adapter_of(folder, to, *, seed=3, size=0.1):
@@ -92,7 +92,7 @@ def test_copies_checkpoints_and_exports_hold_the_adapter_and_leave_the_base_alon
             with torch.no_grad():
                 ids = torch.arange(5, 25)[None]
                 assert (model(ids).logits - plain(ids).logits).abs().max() < close, (size, stage)
-            if stage not in (3, "no_room"):  # DeepSpeed's files of stage 3 hold the engine's own buffers as well
+            if stage != 3:  # DeepSpeed's files of stage 3 hold the engine's own buffers as well
                 assert checkpoint < 20 * sum(t.nbytes for t in read_adapter(adapter).tensors.values())
 
 

@@ -189,6 +189,14 @@ def test_unreadable_files(tmp_path):
         load_config(tmp_path / "bad.yaml")
 
 
+def test_a_key_that_an_earlier_version_did_not_have_counts_as_its_default(minimal):
+    config, _ = load_config(minimal)
+    saved = json.loads(to_json(config))
+    del saved["lora"], saved["model"]["adapter"]
+    assert differences(config, saved) == []
+    assert differences(load_config(minimal, ["lora.rank=8"])[0], saved) == ["lora.rank: 0 -> 8"]
+
+
 def test_differences_ignore_what_does_not_change_the_result(minimal):
     config, _ = load_config(minimal)
     saved = json.loads(to_json(config))

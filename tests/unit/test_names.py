@@ -42,7 +42,7 @@ def test_an_export_is_the_folder_that_came_in_key_by_key(family, tmp_path):
     source, ours, theirs = tmp_path / "source", tmp_path / "ours", tmp_path / "theirs"
     save_tiny(family, source)
     lm = load(source, family)
-    write_model(lm, buckets_of(lm), ours, {}, shard_bytes=200_000)
+    write_model(lm, buckets_of(lm), ours, {}, file_bytes=200_000)
     lm.save_pretrained(theirs)
     assert describe_export(lm) == shapes_in(source) == shapes_in(theirs) == shapes_in(ours)
     assert check_export_names(lm, source) == []
@@ -140,5 +140,5 @@ def test_layers_that_predict_further_tokens_are_left_out_with_a_word(tmp_path):
 def test_an_export_that_lacks_a_tensor_stops_the_run(tmp_path):
     save_tiny("llama", tmp_path / "source")
     lm = load(tmp_path / "source")
-    with pytest.raises(RunStopped, match=r"1 are in the model alone \(first lm_head.weight\)"):
+    with pytest.raises(RunStopped, match=r"1 of the model's tensors were not written \(first lm_head.weight\)"):
         write_model(lm, list(buckets_of(lm))[:-1], tmp_path / "out", {})
