@@ -21,8 +21,8 @@ class LearnerConfig:
     """Token budget of one micro-batch; a longer single pair still gets a micro-batch of its own."""
     zero_stage: int = one_of(2, choices=(0, 1, 2, 3))
     """DeepSpeed ZeRO stage, 0 to 3."""
-    optimizer: str = one_of("rmsprop", choices=("rmsprop", "adamw"))
-    """rmsprop (the paper's) or adamw."""
+    optimizer: str = one_of("rmsprop", choices=("rmsprop", "adamw", "adamw_8bit"))
+    """rmsprop (the paper's), adamw, or adamw with its moments in 8 bits, which needs the package bitsandbytes."""
     weight_decay: float = at_least(0, 0.0)
     warmup_fraction: float = within("[0, 1)", 0.1)
     """Share of an iteration's steps in which the learning rate rises; it then falls linearly to 0."""

@@ -81,6 +81,8 @@ def check(config: Config) -> None:
             section.check()
     if config.model.quantization:
         _check_quantization(config)
+    if config.learner.optimizer == "adamw_8bit":
+        _need_bitsandbytes("learner.optimizer=adamw_8bit")
     if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":
         raise BadInput(
             "overlap.mode=lookahead does not go with reference.scorer=learner: blocks are played ahead so that training can start "
@@ -94,5 +96,9 @@ def _check_quantization(config: Config) -> None:
         raise BadInput(f"{name} needs lora.rank: weights of 4 bits cannot be trained, an adapter over them can")
     if config.learner.zero_stage == 3:
         raise BadInput(f"{name} does not go with learner.zero_stage=3, which would shard 4-bit weights as if they were numbers; set 2")
+    _need_bitsandbytes(name)
+
+
+def _need_bitsandbytes(key: str) -> None:
     if find_spec("bitsandbytes") is None:
-        raise BadInput(f"{name} needs the package bitsandbytes, which is not installed: pip install bitsandbytes")
+        raise BadInput(f"{key} needs the package bitsandbytes, which is not installed: pip install bitsandbytes")

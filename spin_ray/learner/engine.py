@@ -35,7 +35,7 @@ from spin_ray.learner.modes import checkpoint_activations, layers_of, quieten
 from spin_ray.learner.names import FolderNames, Group
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.learner.proof import NUM_PARAMETERS, TOLERANCES, Facts, compare
-from spin_ray.learner.quantized import plain, quantize, true_shape
+from spin_ray.learner.quantized import adamw_8bit, plain, quantize, true_shape
 from spin_ray.learner.resting import Resting
 from spin_ray.learner.sharded import read_in_shards
 from spin_ray.losses import GENERATED, REAL, LikelihoodObjective, PairLogps, PairObjective
@@ -144,13 +144,23 @@ class MainPlayer:
         """Forget the optimizer's moments: as in the paper, every iteration is a fresh fine-tuning from theta_t."""
         for moment in self._moments():
             moment.zero_()
+        for state in self._optimizer_states():
+            if isinstance(state.get("step"), int):  # bitsandbytes'
+                state["step"] = 0
 
     def _moments(self) -> list[torch.Tensor]:
-        """The optimizer's state."""
+        """The optimizer's state; of one in 8 bits without the code, which is the same for all."""
+        return [
+            value for state in self._optimizer_states() for name, value in state.items()
+            if isinstance(value, torch.Tensor) and not name.startswith("qmap")
+        ]
+
+    def _optimizer_states(self) -> Iterable[dict[str, Any]]:
+        """Of every tensor that is stepped."""
         optimizer = self._engine.optimizer
         while hasattr(optimizer, "optimizer"):  # ZeRO wraps the optimizer that holds the state
             optimizer = optimizer.optimizer
-        return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        return optimizer.state.values()
 
     def rest(self) -> None:
         """Free the GPU's memory. What an iteration begins without is forgotten: the optimizer's moments, and the copy of theta_t."""
@@ -434,6 +444,8 @@ def _compile_layers(lm: torch.nn.Module) -> None:
 def _optimizer(config: LearnerConfig, parameters: Any) -> torch.optim.Optimizer:
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw_8bit":
+        return adamw_8bit(parameters, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
 
 

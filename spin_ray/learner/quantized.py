@@ -1,4 +1,6 @@
-"""Weights in 4 bits (NF4, by bitsandbytes; Dettmers et al., arXiv 2305.14314): a base, under an adapter that is trained.
+"""What is kept in few bits: weights in 4 (below), an optimizer's moments in 8 (Dettmers et al., arXiv 2110.02861).
+
+Weights in 4 bits (NF4, by bitsandbytes; Dettmers et al., arXiv 2305.14314): a base, under an adapter that is trained.
 
 Statistics are kept as they are, half a bit per weight. So to quantise what 4 bits stand for changes nothing: the largest value of a
 block of 64 stays what it is, and every other one is a step of the code times that. With statistics compressed once more that would
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 try:
     import bitsandbytes as bnb
 except ImportError:
-    bnb = None  # whoever sets model.quantization without it has been refused
+    bnb = None  # whoever sets a key that needs it has been refused
 
 
 def quantize(lm: PreTrainedModel, layers: Iterable[str], device: torch.device) -> None:
@@ -37,6 +39,11 @@ def quantize(lm: PreTrainedModel, layers: Iterable[str], device: torch.device) -
 
 def _in_4_bits(weight: torch.Tensor, layer: torch.nn.Module) -> torch.nn.Parameter:
     return bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=layer)
+
+
+def adamw_8bit(parameters: Iterable[torch.nn.Parameter], *, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW that keeps two bytes per parameter instead of eight, in blocks of 256; tensors of less than 4,096 stay in 32 bits."""
+    return bnb.optim.AdamW8bit(parameters, lr=0.0, weight_decay=weight_decay)
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

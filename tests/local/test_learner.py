@@ -266,6 +266,21 @@ def test_rmsprop_runs_under_every_stage(tiny_model, tmp_path):
     assert found[0]["tied"] == {}
 
 
+def test_moments_in_8_bits_train_as_in_32_under_every_setup(tiny_model, tmp_path):
+    model, setups = tiny_model(tied=False), (0, 2, 3, "offload_2", "bfloat16")
+    whole, found = (run_ranks(model, tmp_path / name, 1, name, setups) for name in ("adamw", "adamw_8bit"))
+    for setup in setups:
+        eight, full = found[setup], whole[setup]
+        assert [step["loss"] for step in eight["steps"]] == pytest.approx([step["loss"] for step in full["steps"]], rel=0.02)
+        assert [step["loss"] for step in eight["again"]] == pytest.approx([step["loss"] for step in eight["steps"]], rel=1e-3)
+        moved = sum(float((eight["weights"][name] - full["weights"][name]).abs().max() > 0) for name in full["weights"])
+        assert moved  # it is another optimizer
+        size = {
+            name: sum(path.stat().st_size for path in (tmp_path / name / f"checkpoint_{setup}").rglob("*.pt")) for name in ("adamw", "adamw_8bit")
+        }
+        assert size["adamw_8bit"] < (0.85 if setup else 1.0) * size["adamw"], setup
+
+
 def test_pickled_weights_are_never_opened(tiny_model, tmp_path):
     from spin_ray.learner.engine import load_model
 
