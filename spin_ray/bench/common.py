@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,28 @@ def run_command(*arguments: str | Path, env: dict[str, str] | None = None) -> No
     )
     if done.returncode:
         raise RunStopped(f"{' '.join(map(str, arguments))} failed with code {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
+
+
+def told_by_process(*arguments: str, timeout_s: float) -> Any:
+    """What `spin-ray bench ARGUMENTS --one FILE`, in a process of its own, writes into the file as JSON.
+
+    Where there is none, because it died or hangs, a string that says so: that is a result too.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        result, log = Path(scratch, "result.json"), Path(scratch, "log")
+        try:
+            with log.open("w") as file:
+                subprocess.run(
+                    [sys.executable, "-m", "spin_ray", "bench", *arguments, "--one", str(result)], stdout=file, stderr=file,
+                    timeout=timeout_s, check=False,
+                )
+        except subprocess.TimeoutExpired:
+            return f"nothing within {timeout_s:g} s"
+        return json.loads(result.read_text()) if result.exists() else _last_line(log.read_text())
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "died")
 
 
 def run_spin(config: str, run: Path, overrides: Sequence[str]) -> list[Span]:

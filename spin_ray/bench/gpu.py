@@ -67,16 +67,10 @@ def _device_name(device: str) -> str:
 def _in_own_process(name: str, device: str) -> dict[str, Any]:
     if lacks := [package for package in ("pyarrow", "omegaconf", *CHECKS[name].needs) if find_spec(package) is None]:
         return {"state": LACKS, "why": ", ".join(lacks)}
-    with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch, "result.json")
-        words = [sys.executable, "-m", "spin_ray", "bench", "gpu", name, "--device", device, "--one", str(result)]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired:
-            return {"state": FAILED, "why": f"nothing within {TIMEOUT_S:g} s"}
-        if not result.exists():
-            return {"state": FAILED, "why": (done.stderr.strip().splitlines() or ["died"])[-1][:300]}
-        return json.loads(result.read_text())
+    from spin_ray.bench.common import told_by_process  # wants pyarrow
+
+    told = told_by_process("gpu", name, "--device", device, timeout_s=TIMEOUT_S)
+    return {"state": FAILED, "why": told} if isinstance(told, str) else told
 
 
 def _try(name: str, device: str) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from spin_ray.bench.common import told_by_process
 
 TOLERANCE_NATS, TIMEOUT_S = 1e-3, 240.0
 PROMPT, ANSWER = tuple(range(3, 15)), tuple(range(40, 290, 10))
@@ -51,21 +51,8 @@ def main(argv: Sequence[str]) -> int:
 
 def in_own_process(family: str) -> dict[str, str]:
     """The family's results; a process that dies or hangs is a result too."""
-    with tempfile.TemporaryDirectory() as scratch:
-        result, log = Path(scratch, "result.json"), Path(scratch, "log")
-        try:
-            with log.open("w") as file:
-                subprocess.run(
-                    [sys.executable, "-m", "spin_ray", "bench", "samplers", family, "--one", str(result)], stdout=file, stderr=file,
-                    timeout=TIMEOUT_S, check=False,
-                )
-        except subprocess.TimeoutExpired:
-            return {"load": f"refused: nothing within {TIMEOUT_S:g} s"}
-        return json.loads(result.read_text()) if result.exists() else {"load": f"refused: {_last_line(log.read_text())}"}
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "died")
+    told = told_by_process("samplers", family, timeout_s=TIMEOUT_S)
+    return {"load": f"refused: {told}"} if isinstance(told, str) else told
 
 
 def _try(family: str) -> dict[str, str]:
