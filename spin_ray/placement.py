@@ -5,12 +5,13 @@ Everything else takes a `Hardware` and does not ask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spin_ray.config import Config
 from spin_ray.errors import BadInput
+from spin_ray.nodes import Actors, Node, check_fit, total
 from spin_ray.records import Devices
 
 PLAY_TASK_CPUS = 0.1
@@ -64,34 +65,37 @@ def learner_goes_first(config: Config, *, num_gpus: int, samplers: bool, learner
 
 
 def choose_hardware(
-    config: Config, total: Mapping[str, float], *, samplers: bool = True, learner: bool = True, learner_first: bool = False
+    config: Config, nodes: Sequence[Node], *, samplers: bool = True, learner: bool = True, learner_first: bool = False
 ) -> Hardware:
-    """Decide from the cluster's total resources (`ray.cluster_resources()`), or refuse at once what could never start.
+    """Decide from what the cluster's nodes have, or refuse at once what could never start.
 
     `samplers` and `learner` say which players the command starts.
 
-    Raises BadInput naming the actors that do not fit and the sum.
+    Raises BadInput naming the actors that do not fit, and the sum or the nodes.
     """
-    on_gpus = total.get("GPU", 0) > 0
+    num_gpus = total(nodes, "GPU")
+    on_gpus = num_gpus > 0
     sampler = config.sampler
     num_replicas, num_workers = sampler.num_replicas * samplers, config.learner.num_workers * learner
     sampler_gpus: float = sampler.tensor_parallel_size * on_gpus if sampler.gpus_per_replica is None else sampler.gpus_per_replica
     learner_gpus: float = config.learner.gpus_per_worker if config.learner.gpus_per_worker is not None else int(on_gpus)
-    cpus = [("sampler", num_replicas, sampler.cpus_per_replica), ("learner", num_workers, config.learner.cpus_per_worker)]
     if sampler_gpus not in (0, sampler.tensor_parallel_size) or (sampler_gpus == 0 and sampler.tensor_parallel_size > 1):
         raise BadInput(
             f"sampler.gpus_per_replica={sampler_gpus} does not go with sampler.tensor_parallel_size={sampler.tensor_parallel_size}; "
             "a replica takes as many GPUs as share its model"
         )
-    takes_turns = samplers and learner and _takes_turns(config, total.get("GPU", 0), sampler_gpus, learner_gpus)
+    takes_turns = samplers and learner and _takes_turns(config, num_gpus, sampler_gpus, learner_gpus)
     if takes_turns and on_gpus:
         sampler_gpus, learner_gpus = SAMPLER_SHARE, LEARNER_SHARE
-        _check_fits("GPU", total, [("sampler", num_replicas, 1)])
-        _check_fits("GPU", total, [("learner", num_workers, 1)])
-    else:
-        _check_fits("GPU", total, [("sampler", num_replicas, sampler_gpus), ("learner", num_workers, learner_gpus)])
     blocks_in_flight = 2 * num_replicas * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
-    _check_fits("CPU", total, [*cpus, ("play process", play_processes(blocks_in_flight), PLAY_TASK_CPUS)])
+    players = [
+        Actors("sampler", num_replicas, {"GPU": sampler_gpus, "CPU": sampler.cpus_per_replica}, sampler.label_selector),
+        Actors("learner", num_workers, {"GPU": learner_gpus, "CPU": config.learner.cpus_per_worker}, config.learner.label_selector),
+    ]
+    if takes_turns and on_gpus:  # one of each on every GPU
+        for player in players:
+            check_fit(nodes, [replace(player, each={**player.each, "GPU": 1})])
+    check_fit(nodes, [*players, Actors("play process", play_processes(blocks_in_flight), {"CPU": PLAY_TASK_CPUS})])
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if sampler_gpus and learner_gpus else "float32")
     tolerance = config.audit.tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
     gpu_engine: dict[str, Any] = {"gpu_memory_utilization": sampler.gpu_memory_utilization or (None if takes_turns else MEMORY_SHARE)}
@@ -119,7 +123,16 @@ def _takes_turns(config: Config, num_gpus: float, sampler_gpus: float, learner_g
             "one of each takes turns on one GPU; leave sampler.tensor_parallel_size, sampler.gpus_per_replica and "
             "learner.gpus_per_worker as they are, or set placement.mode=separate"
         )
+    if mode == "shared" and config.sampler.label_selector != config.learner.label_selector:
+        raise BadInput("placement.mode=shared wants the same sampler.label_selector and learner.label_selector: both use the same GPUs")
     return mode == "shared" or (mode == "auto" and num_gpus == sampler_gpus == learner_gpus == 1)
+
+
+def nodes_of_cluster() -> list[Node]:
+    """Of the cluster that this process has joined."""
+    import ray
+
+    return [Node(node["NodeManagerAddress"], node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 def own_devices() -> Devices:
@@ -132,13 +145,3 @@ def own_devices() -> Devices:
 def play_processes(blocks_in_flight: int) -> int:
     """Processes of the play pipeline, each with its share of the blocks in flight."""
     return -(-blocks_in_flight // BLOCKS_PER_PROCESS)
-
-
-def _check_fits(resource: str, total: Mapping[str, float], wanted: list[tuple[str, int, float]]) -> None:
-    need, have = sum(number * each for _, number, each in wanted), total.get(resource, 0)
-    if need > have + 1e-6:
-        parts = " + ".join(f"{number} {who}{'s' if number > 1 else ''} × {each:g}" for who, number, each in wanted if number * each)
-        raise BadInput(
-            f"the cluster has {have:g} {resource}, this run needs {need:g} = {parts}; "
-            "lower sampler.num_replicas or learner.num_workers, or add nodes"
-        )

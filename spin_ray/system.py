@@ -21,7 +21,7 @@ from spin_ray.address import check_ray_address
 from spin_ray.config import Config
 from spin_ray.errors import BadInput, Enough, RunStopped, in_one_line
 from spin_ray.exits import flush_output, lead_nowhere
-from spin_ray.placement import Hardware, choose_hardware, learner_goes_first
+from spin_ray.placement import Hardware, choose_hardware, learner_goes_first, nodes_of_cluster
 from spin_ray.places import remove_short_folder, short_folder, spill_folder
 
 MIN_LOCAL_CPUS = 2
@@ -42,7 +42,7 @@ def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) 
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a worker's death, or the end of all, goes unnoticed
     with _joined() if os.environ.get("RAY_ADDRESS") else _started(config, samplers=samplers, learner=learner) as learner_first:
-        yield choose_hardware(config, ray.cluster_resources(), samplers=samplers, learner=learner, learner_first=learner_first)
+        yield choose_hardware(config, nodes_of_cluster(), samplers=samplers, learner=learner, learner_first=learner_first)
         ray.shutdown()
 
 

@@ -72,13 +72,14 @@ def _engine(folder: Path, options: argparse.Namespace) -> Any:
 
     from spin_ray.bench.workload import ADAPTER, save_adapter
     from spin_ray.config import Config
+    from spin_ray.nodes import Node
     from spin_ray.placement import choose_hardware
     from spin_ray.records import Saved, Version
 
     save_model(folder / "model", options.model)
     if options.lora:
         save_adapter(folder, rank=options.lora)
-    hardware = choose_hardware(Config(), {"CPU": 2, "GPU": float(torch.cuda.is_available())}, learner=False)
+    hardware = choose_hardware(Config(), [Node("here", {"CPU": 2, "GPU": float(torch.cuda.is_available())})], learner=False)
     os.environ.update(hardware.sampler_env)
     from spin_ray.sampler.engine import OpponentEngine
 

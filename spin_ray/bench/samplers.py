@@ -60,11 +60,12 @@ def _try(family: str) -> dict[str, str]:
 
     from spin_ray.bench.tiny import save_tiny
     from spin_ray.config import Config
+    from spin_ray.nodes import Node
     from spin_ray.placement import choose_hardware
     from spin_ray.records import Saved, Version
     from spin_ray.sampler.engine import OpponentEngine
 
-    hardware = choose_hardware(Config(), {"CPU": 2, "GPU": float(torch.cuda.is_available())}, learner=False)
+    hardware = choose_hardware(Config(), [Node("here", {"CPU": 2, "GPU": float(torch.cuda.is_available())})], learner=False)
     os.environ.update(hardware.sampler_env)
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:

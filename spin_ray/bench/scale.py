@@ -29,7 +29,7 @@ from spin_ray.learner.fake import make_fake_player
 from spin_ray.learner.group import Learner
 from spin_ray.manifest import RunDir
 from spin_ray.model import inspect_model
-from spin_ray.placement import choose_hardware
+from spin_ray.placement import choose_hardware, nodes_of_cluster
 from spin_ray.players import Players, as_placed
 from spin_ray.preflight import Proof
 from spin_ray.records import Prompt, Saved, Version
@@ -138,7 +138,7 @@ def play(
     ids = rng.integers(5, 500, (num_prompts, 52)).astype(np.int32)
     prompts = [Prompt(number, row[:40], row[40:]) for number, row in enumerate(ids)]
     prepared = Prepared(prompts, [], write_prompts(run, prompts, config.sampler.block_prompts))
-    hardware = choose_hardware(config, ray.cluster_resources())
+    hardware = choose_hardware(config, nodes_of_cluster())
     samplers = start_fakes(config.sampler.num_replicas, speed, costs)
     ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs
     pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs))

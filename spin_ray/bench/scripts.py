@@ -19,6 +19,7 @@ from spin_ray.bench.common import print_result, run_command, run_spin
 from spin_ray.config import Config, at, load_config
 from spin_ray.demo import resolve
 from spin_ray.methods import method_of
+from spin_ray.nodes import Node
 from spin_ray.placement import choose_hardware
 
 
@@ -60,7 +61,7 @@ def script_way(config: Config, folder: Path) -> list[dict[str, Any]]:
 def _settings(config: Config, t: int) -> dict[str, Any]:
     import torch
 
-    hardware, spin = choose_hardware(config, {"CPU": 1e6, "GPU": torch.cuda.device_count()}), at(config.spin, t)
+    hardware, spin = choose_hardware(config, [Node("here", {"CPU": 1e6, "GPU": torch.cuda.device_count()})]), at(config.spin, t)
     return {
         "env": dict(hardware.sampler_env), "engine": dict(hardware.engine), "dtype": hardware.dtype, "cpu": hardware.device == "cpu",
         "max_model_len": config.data.max_prompt_tokens + max(config.data.max_answer_tokens, config.sampler.max_new_tokens),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spin_ray.config.keys import at_least, one_of, within
 from spin_ray.errors import BadInput
@@ -15,6 +15,8 @@ class LearnerConfig:
     gpus_per_worker: int | None = at_least(0, None)
     """None: 1 when the cluster has GPUs, else 0."""
     cpus_per_worker: float = at_least(0, 0.5)
+    label_selector: dict[str, str] = field(default_factory=dict)
+    """Ray's labels of the nodes that workers may be on, as in `sampler.label_selector`."""
     batch_pairs: int = at_least(1, 64)
     """Pairs in one optimizer step, over all workers."""
     pack_tokens: int = at_least(1, 8192)

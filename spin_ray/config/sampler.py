@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from spin_ray.config.keys import at_least, per_iteration, within
@@ -17,6 +17,8 @@ class SamplerConfig:
     gpus_per_replica: int | None = at_least(0, None)
     """None: tensor_parallel_size when the cluster has GPUs, else 0."""
     cpus_per_replica: float = at_least(0, 0.5)
+    label_selector: dict[str, str] = field(default_factory=dict)
+    """Ray's labels of nodes that replicas may be on: {pool: a100}; also `!a100`, `in(a100,h100)`, `!in(...)`. Empty: any node."""
     temperature: Any = per_iteration(1.0, least=0)
     """At which the opponent's answers are drawn, 0: greedy; one value, or one per iteration."""
     top_p: float = within("(0, 1]", 1.0)

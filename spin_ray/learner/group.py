@@ -151,7 +151,7 @@ class Learner:
             train_loop_config={"args": self._args},
             torch_config=ray.train.torch.TorchConfig(backend=hardware.torch_backend),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.num_workers, use_gpu=hardware.learner_gpus > 0,
+                num_workers=config.num_workers, label_selector=dict(config.label_selector) or None, use_gpu=hardware.learner_gpus > 0,
                 resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
             ),
             run_config=ray.train.RunConfig(

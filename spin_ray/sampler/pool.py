@@ -67,7 +67,8 @@ def start_opponent(
         "trust_remote_code": config.model.trust_remote_code, **hardware.engine,
     }
     actor = ray.remote(
-        num_cpus=config.sampler.cpus_per_replica, num_gpus=hardware.sampler_gpus, max_concurrency=10_000, max_restarts=-1
+        num_cpus=config.sampler.cpus_per_replica, num_gpus=hardware.sampler_gpus, max_concurrency=10_000, max_restarts=-1,
+        label_selector=dict(config.sampler.label_selector),
     )(Sampler)
     samplers = [
         actor.remote(SamplerArgs(

@@ -21,6 +21,7 @@ from spin_ray.exchange.adapters import AdapterFiles, read_adapter
 from spin_ray.learner.adapter import Adapter, first_adapter
 from spin_ray.learner.engine import load_model
 from spin_ray.learner.logps import PolicyLogps
+from spin_ray.nodes import Node
 from spin_ray.placement import choose_hardware
 from spin_ray.records import Saved, Version
 from spin_ray.sampler.engine import OpponentEngine
@@ -98,7 +99,7 @@ def test_copies_checkpoints_and_exports_hold_the_adapter_and_leave_the_base_alon
 
 @pytest.fixture(scope="module")
 def opponent(base):
-    hardware = choose_hardware(Config(), {"CPU": 2})
+    hardware = choose_hardware(Config(), [Node("here", {"CPU": 2})])
     os.environ.update(hardware.sampler_env)
     engine = OpponentEngine(Saved(*map(str, base)), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings=hardware.engine)
     yield engine
@@ -129,7 +130,7 @@ def test_the_engine_plays_with_the_adapter_that_it_has_just_got(base, opponent, 
     (lambda name: name.replace("layers.1", "layers.9"), "do not both have .*layers"),
 ])
 def test_an_adapter_that_lacks_a_layer_is_never_played_with(base, change, says):
-    hardware = choose_hardware(Config(), {"CPU": 2})
+    hardware = choose_hardware(Config(), [Node("here", {"CPU": 2})])
     os.environ.update(hardware.sampler_env)
     engine = OpponentEngine(Saved(*map(str, base)), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings=hardware.engine)
     files = read_adapter(base[1])

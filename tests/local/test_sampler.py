@@ -15,6 +15,7 @@ from spin_ray.bench.samplers import in_own_process
 from spin_ray.config import Config
 from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.exchange.weights import from_bucket, to_bucket
+from spin_ray.nodes import Node
 from spin_ray.placement import choose_hardware
 from spin_ray.records import SamplingSettings, Saved, Version
 from spin_ray.sampler.engine import OpponentEngine
@@ -33,7 +34,7 @@ def no_process_group_is_left():
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def opponent(request, tiny_model):
     """(engine at version 0, its model folder, tied?)"""
-    hardware = choose_hardware(Config(), {"CPU": 2})
+    hardware = choose_hardware(Config(), [Node("here", {"CPU": 2})])
     os.environ.update(hardware.sampler_env)
     folder = tiny_model(tied=request.param)
     engine = OpponentEngine(Saved(str(folder)), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings=hardware.engine)
@@ -142,14 +143,14 @@ def test_a_mixture_s_weights_are_all_replaced_or_none(family, steps):
 def test_pickled_weights_are_never_opened(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model(tied=True), tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # not even a pickle: opening it would say so
-    os.environ.update(choose_hardware(Config(), {"CPU": 2}).sampler_env)
+    os.environ.update(choose_hardware(Config(), [Node("here", {"CPU": 2})]).sampler_env)
     with pytest.raises(RuntimeError, match="Cannot find any model weights"):
         OpponentEngine(Saved(str(folder)), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings={"enforce_eager": True})
 
 
 def test_a_prompt_is_computed_once_for_both_its_answers_and_the_scores_are_the_same(tiny_model):
     """Whatever lies in the prefix cache: nothing, the prompt but for its end, all of it, or the answer's beginning too."""
-    hardware = choose_hardware(Config(), {"CPU": 2})
+    hardware = choose_hardware(Config(), [Node("here", {"CPU": 2})])
     os.environ.update(hardware.sampler_env)
     folder = tiny_model(tied=True)
     engine = OpponentEngine(Saved(str(folder)), version=Version(0), dtype="float32", max_model_len=128, seed=0, settings={**hardware.engine, "block_size": 32})

@@ -33,7 +33,7 @@ LAYERS = [
     ("config/",),
     ("background.py", "storage.py"),
     ("records.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
-     "chatter.py", "placement.py", "terminal.py", "tracking.py",
+     "chatter.py", "placement.py", "nodes.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
      "places.py", "address.py", "turns.py"),
     ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
