@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,15 @@ def _preset(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:
     known, origin = flatten(Config()), {}
     for source, layer in layers:
-        for key in _leaves(layer):
+        for key in _leaves(layer, known):
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise BadInput(f"{source}: unknown key {key}; the nearest known key is {near}")
             origin[key] = source
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), *[layer for _, layer in layers])
+        for key, given in _mappings(layers, known):
+            OmegaConf.update(merged, key, given, merge=False)
         _refuse_missing(merged, layers)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -92,11 +94,19 @@ def _merge(layers: list[tuple[str, Any]]) -> tuple[Config, dict[str, str]]:
     return config, {key: origin.get(key, "default") for key in known}
 
 
+def _mappings(layers: list[tuple[str, Any]], known: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Keys whose value is a mapping, as each layer has it: the last one counts whole, as a list does."""
+    for _, layer in layers:
+        for key in _leaves(layer, known):
+            if OmegaConf.is_dict(given := OmegaConf.select(layer, key)):
+                yield key, given
+
+
 def _refuse_missing(merged: Any, layers: list[tuple[str, Any]]) -> None:
     """Name every key that must be given and is not, or that a file leaves to be given by ???."""
     missing: set[str] = set()
     for _, layer in layers:
-        missing = missing - set(_leaves(layer)) | OmegaConf.missing_keys(layer)
+        missing = missing - set(_leaves(layer, ())) | OmegaConf.missing_keys(layer)
     missing |= {key for key in REQUIRED if key in OmegaConf.missing_keys(merged) or OmegaConf.select(merged, key) == ""}
     if missing:
         names = [key for key in flatten(Config()) if key in missing]
@@ -107,11 +117,11 @@ def _refuse_missing(merged: Any, layers: list[tuple[str, Any]]) -> None:
         )
 
 
-def _leaves(layer: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of an OmegaConf node, down to what is a value of the schema (a list is a value)."""
-    if not OmegaConf.is_dict(layer):
+def _leaves(layer: Any, known: Collection[str], prefix: str = "") -> list[str]:
+    """Dotted keys of an OmegaConf node, down to what is a value of the schema: a list is one, and what a known key holds."""
+    if not OmegaConf.is_dict(layer) or prefix.rstrip(".") in known:
         return [prefix.rstrip(".")] if prefix else []
-    return [leaf for key in layer for leaf in (_leaves(layer._get_node(key), f"{prefix}{key}.") or [f"{prefix}{key}"])]
+    return [leaf for key in layer for leaf in (_leaves(layer._get_node(key), known, f"{prefix}{key}.") or [f"{prefix}{key}"])]
 
 
 def _where(error: OmegaConfBaseException, origin: dict[str, str]) -> str:

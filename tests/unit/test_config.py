@@ -197,6 +197,19 @@ def test_a_key_that_an_earlier_version_did_not_have_counts_as_its_default(minima
     assert differences(load_config(minimal, ["lora.rank=8"])[0], saved) == ["lora.rank: 0 -> 8"]
 
 
+def test_a_mapping_is_one_value(minimal, tmp_path):
+    path = tmp_path / "labels.yaml"
+    path.write_text(minimal.read_text() + "\nsampler:\n  label_selector:\n    ray.io/accelerator-type: H100\n    pool: b\n")
+    config, origin = load_config(path)
+    assert config.sampler.label_selector == {"ray.io/accelerator-type": "H100", "pool": "b"} and origin["sampler.label_selector"] == str(path)
+    config, origin = load_config(path, ["sampler.label_selector={pool: '!a'}"])
+    assert config.sampler.label_selector == {"pool": "!a"} and origin["sampler.label_selector"] == "command line"
+    assert load_config(path, ["sampler.label_selector={}"])[0].sampler.label_selector == {}
+    assert load_config(minimal)[0].sampler.label_selector == {}
+    with pytest.raises(BadInput, match="label_selector"):
+        load_config(minimal, ["sampler.label_selector=a"])
+
+
 def test_differences_ignore_what_does_not_change_the_result(minimal):
     config, _ = load_config(minimal)
     saved = json.loads(to_json(config))
