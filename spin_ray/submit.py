@@ -17,7 +17,7 @@ from spin_ray.errors import BadInput, RunStopped, in_one_line
 from spin_ray.exits import ends_in_one_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-AGENT_TIMEOUT_S = 60.0
+AGENT_TIMEOUT_S = 180.0
 CONNECT_S = 15.0
 _REMEDY = "start one with `ray start --head`, or set RAY_API_SERVER_ADDRESS"
 

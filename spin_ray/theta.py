@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spin_ray.config import Config, LoraConfig
 from spin_ray.errors import BadInput
@@ -77,23 +77,31 @@ def thetas_of(config: Config, run: RunDir, facts: ModelFacts) -> Thetas:
     lora, given = config.lora, facts.adapter
     base = str(run.quantized_base()) if config.model.quantization else facts.path
     if given:
-        _check_given(config, given)
+        _check_given(config, facts.path, given)
     elif lora.rank:
         given = str(_first_adapter(config, run, facts))
     return Thetas(run, lora, Saved(base, given or None))
 
 
-def _check_given(config: Config, folder: str) -> None:
+def _check_given(config: Config, base: str, folder: str) -> None:
+    """Raise BadInput, before anything starts, for an adapter that is not one of the base, or not the one that the config speaks of."""
     from spin_ray.exchange.adapters import read_adapter
+    from spin_ray.learner.adapter import check_of_model
 
-    rank = read_adapter(Path(folder)).config["r"]
-    if config.lora.rank != rank:
+    files, lora = read_adapter(Path(folder)), config.lora
+    rank, alpha, target = (files.config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if lora.rank != rank:
         raise BadInput(
-            f"model.adapter={folder} has rank {rank}, and lora.rank={config.lora.rank}: set lora.rank={rank} to train it on, or merge it "
+            f"model.adapter={folder} has rank {rank}, and lora.rank={lora.rank}: set lora.rank={rank} to train it on, or merge it "
             "into its base and train all weights"
         )
-    if config.lora.sync == "merged":
+    if lora.alpha and lora.alpha != alpha:
+        raise BadInput(f"model.adapter={folder} has alpha {alpha}, and lora.alpha={lora.alpha:g}: leave it out, the adapter's own is used")
+    if lora.target and (isinstance(target, str) or sorted(lora.target) != sorted(target or ())):
+        raise BadInput(f"model.adapter={folder} has target_modules {target}, and lora.target={lora.target}: leave it out, its own are used")
+    if lora.sync == "merged":
         raise BadInput(f"model.adapter={folder} does not go with lora.sync=merged: samplers begin with theta_0, which is merged nowhere")
+    check_of_model(_blank(base), files, folder)
 
 
 def make_base(config: Config, run: RunDir, facts: ModelFacts, dtype: str) -> None:
@@ -134,13 +142,18 @@ def _first_adapter(config: Config, run: RunDir, facts: ModelFacts) -> Path:
 
 def new_adapter_of(base: str, lora: LoraConfig, *, seed: int) -> AdapterFiles:
     """One that changes nothing yet of the model in the folder `base`, whose weights nobody reads for it. Raises BadInput."""
+    from spin_ray.learner.adapter import first_adapter
+
+    return first_adapter(_blank(base), lora, base=base, seed=seed)
+
+
+def _blank(base: str) -> Any:
+    """The model of a folder without its weights."""
     import torch
     from transformers import AutoConfig
 
     from spin_ray.families import auto_class
-    from spin_ray.learner.adapter import first_adapter
 
     config = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
-        blank = auto_class(config).from_config(config)
-    return first_adapter(blank, lora, base=base, seed=seed)
+        return auto_class(config).from_config(config)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from spin_ray.config.keys import at_least, one_of
 from spin_ray.errors import BadInput
 
-RANKS = (0, 1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""That vLLM 0.32 takes, and 0."""
+MAX_RANK = 512
+"""Of vLLM 0.32."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class LoraConfig:
         return self.alpha or 2.0 * self.rank
 
     def check(self) -> None:
-        if self.rank not in RANKS and self.sync == "adapter":
-            raise BadInput(f"lora.rank={self.rank}: the samplers' engine takes {', '.join(map(str, RANKS))}; or set lora.sync=merged")
+        if self.rank > MAX_RANK and self.sync == "adapter":
+            raise BadInput(f"lora.rank={self.rank}: the samplers' engine takes ranks up to {MAX_RANK}; or set lora.sync=merged")
         if self.rank and self.sync == "merged" and not self.export_merged:
             raise BadInput("lora.sync=merged needs lora.export_merged=true: a sampler that starts anew reads the merged model from disk")

@@ -50,9 +50,7 @@ class Config:
     @property
     def scorer(self) -> str:
         """Who computes the reference log-probs: `reference.scorer`, decided."""
-        if self.reference.scorer == "auto":
-            return "frozen" if self.model.quantization else "opponent"
-        return self.reference.scorer
+        return decided_scorer(self.reference.scorer, self.model.quantization)
 
     @property
     def on_object_store(self) -> bool:
@@ -67,6 +65,11 @@ class Config:
         """Optimizer steps on so many pairs: every epoch ends with a batch of its own, however small."""
         steps = num_epochs * -(-num_pairs // self.learner.batch_pairs)
         return min(steps, self.run.max_steps or steps)
+
+
+def decided_scorer(scorer: str, quantization: str) -> str:
+    """What `reference.scorer` comes to."""
+    return ("frozen" if quantization else "opponent") if scorer == "auto" else scorer
 
 
 def check(config: Config) -> None:

@@ -7,7 +7,7 @@ import json
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from spin_ray.config.schema import Config
+from spin_ray.config.schema import Config, decided_scorer
 
 RESUME_MAY_CHANGE = (
     "preset", "tracking.", "run.dir", "run.scratch", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers",
@@ -40,9 +40,14 @@ def differences(config: Config, saved: dict[str, Any]) -> list[str]:
 
     A key that it lacks was not there yet in the version that wrote it, and counts as its default.
     """
-    now, then = flatten(config), flatten(Config()) | _flatten_dict(saved)
+    now, then = (_decided(each) for each in (flatten(config), flatten(Config()) | _flatten_dict(saved)))
     keys = [key for key in sorted(now.keys() | then.keys()) if changes_result(key)]
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if now.get(key) != then.get(key)]
+
+
+def _decided(flat: dict[str, Any]) -> dict[str, Any]:
+    """With what `auto` means to a result in place of the word."""
+    return {**flat, "reference.scorer": decided_scorer(flat["reference.scorer"], flat["model.quantization"])}
 
 
 def _flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,9 +24,11 @@ PREFIX = "base_model.model."
 _NOT_PLAIN = {
     "use_dora": "DoRA", "modules_to_save": "modules that it replaces", "target_parameters": "adapted parameters that are no layers",
     "trainable_token_indices": "trained tokens", "layer_replication": "replicated layers", "alora_invocation_tokens": "aLoRA",
-    "use_qalora": "QALoRA", "lora_bias": "biases", "bias": "trained biases",
+    "use_qalora": "QALoRA", "lora_bias": "biases", "bias": "trained biases", "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow",
 }
 """What peft can put into an adapter, and sampler and learner would not compute alike."""
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` with which peft changes the base's weights when it puts the adapter in."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class AdapterFiles:
     config: Mapping[str, Any]
     """adapter_config.json."""
     tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def largest_rank(self) -> int:
+        """Of all layers: `rank_pattern` may give some another one than `r`."""
+        return max([self.config["r"], *(tensor.shape[0] for name, tensor in self.tensors.items() if ".lora_A." in name)])
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +64,13 @@ def read_adapter(folder: Path) -> AdapterFiles:
     for key, what in _NOT_PLAIN.items():
         if config.get(key, "none") not in (None, False, [], {}, "none"):
             raise BadInput(f"{folder / CONFIG}: {key}={config[key]}: {what} cannot be trained or sampled here; merge it into its base")
+    if str(config.get("init_lora_weights", True)).startswith(_CHANGES_THE_BASE):
+        raise BadInput(
+            f"{folder / CONFIG}: init_lora_weights={config['init_lora_weights']} changed the base as well; let peft convert it to plain "
+            "LoRA (save_pretrained with path_initial_model_for_weight_conversion), or merge it into its base"
+        )
+    if not isinstance(config.get("r"), int):
+        raise BadInput(f"{folder / CONFIG}: r, the adapter's rank, is missing")
     return AdapterFiles(config, tensors)
 
 

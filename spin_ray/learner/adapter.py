@@ -53,6 +53,22 @@ def first_adapter(lm: nn.Module, lora: LoraConfig, *, base: str, seed: int) -> A
     return new_adapter(chosen, _named(lm, chosen), base=base, rank=lora.rank, alpha=lora.scale, seed=seed)
 
 
+def check_of_model(lm: nn.Module, files: AdapterFiles, folder: str) -> None:
+    """Raise BadInput, naming the first tensor, for an adapter of layers that are not adapted here. `lm` may be on the meta device."""
+    layers, parts = linear_layers(lm), {}
+    for name, tensor in sorted(files.tensors.items()):
+        layer, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if layer not in layers or part not in ("lora_A", "lora_B"):
+            raise BadInput(f"{folder}: {name}: the base has no such linear layer below its output layer; only those are adapted here")
+        parts.setdefault(layer, {})[part] = tuple(tensor.shape)
+    for layer, shapes in parts.items():
+        (num_in, num_out), rank = layers[layer], shapes.get("lora_A", (0,))[0]
+        if shapes != {"lora_A": (rank, num_in), "lora_B": (num_out, rank)}:
+            raise BadInput(f"{folder}: {layer} takes {num_in} numbers and gives {num_out}; the adapter's {shapes} do not fit it")
+    if not parts:
+        raise BadInput(f"{folder}: there is no tensor in its adapter")
+
+
 def _named(lm: nn.Module, chosen: Collection[str]) -> list[str]:
     """What peft is to call the chosen layers: by the last part of their names, or in full where something else has that part too."""
     short = {_last(name) for name in chosen}

@@ -23,7 +23,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import AutoConfig
 
 from spin_ray.config import LearnerConfig
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, in_one_line
 from spin_ray.exchange.adapters import AdapterFiles
 from spin_ray.families import auto_class
 from spin_ray.learner import attention
@@ -99,8 +99,9 @@ class MainPlayer:
 
     def _load(self, model_path: str) -> Any:
         """The model of a folder: whole, or under ZeRO-3 this rank's shards, which is a collective."""
-        read = partial(load_model, model_path, dtype=getattr(torch, self._hardware.dtype))
-        return read_in_shards(read, self._deepspeed_config) if self._sharded else read()
+        dtype = getattr(torch, self._hardware.dtype)
+        read = partial(load_model, model_path, dtype=dtype)
+        return read_in_shards(read, self._deepspeed_config, dtype=dtype, device=self.device) if self._sharded else read()
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         """Name in memory -> parameter, of all that is trained."""
@@ -419,6 +420,10 @@ def load_model(model_path: str, **options: Any) -> Any:
         )
     except OSError as error:
         raise BadInput(f"{model_path}: no weights in safetensors can be loaded from there: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise BadInput(f"{model_path}: its weights have other shapes than its config.json says: {in_one_line(error)}") from error
 
 
 _BUCKET_ELEMENTS = 50_000_000

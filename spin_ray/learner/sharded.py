@@ -16,15 +16,28 @@ from typing import Any
 from unittest import mock
 
 import deepspeed
+import torch
 from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import nn
 from transformers import PreTrainedModel, core_model_loading, modeling_utils
 
 
-def read_in_shards(read: Callable[[], PreTrainedModel], config: dict[str, Any]) -> PreTrainedModel:
-    """The model that `read` makes by `from_pretrained`, in DeepSpeed's shards. A collective. `config`: DeepSpeed's."""
+def read_in_shards(
+    read: Callable[[], PreTrainedModel], config: dict[str, Any], *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model that `read` makes by `from_pretrained`, in DeepSpeed's shards. A collective. `config`: DeepSpeed's.
+
+    Every parameter gets the dtype, as in a whole model DeepSpeed gives it: some families keep a few in float32. Buffers go to the device.
+    """
+    first: list[nn.Parameter] = []
+
     def cut(parameter: nn.Parameter) -> None:
-        deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
+        parameter.data = parameter.data.to(dtype)
+        if first:
+            first[0].convert_to_zero_parameters(param_list=[parameter])
+        else:
+            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=config)
+            first.append(parameter)
 
     def cut_if_never_tied(lm: PreTrainedModel, name: str) -> None:
         parameter, tied = lm.get_parameter_or_buffer(name), lm.all_tied_weights_keys
@@ -36,6 +49,9 @@ def read_in_shards(read: Callable[[], PreTrainedModel], config: dict[str, Any]) 
     for parameter in lm.parameters():
         if not is_zero_param(parameter):
             cut(parameter)
+    for module in lm.modules():  # DeepSpeed moves the buffers of a whole model alone
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
     return lm
 
 

@@ -301,7 +301,7 @@ def _for_adapter(files: AdapterFiles) -> dict[str, Any]:
     """
     from vllm.config.lora import MaxLoRARanks
 
-    rank = min(rank for rank in get_args(MaxLoRARanks) if rank >= files.config["r"])
+    rank = min(rank for rank in get_args(MaxLoRARanks) if rank >= files.largest_rank)
     layers = {name.removesuffix(".weight").rpartition(".")[0].rpartition(".")[2] for name in files.tensors}
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank, "lora_target_modules": sorted(layers)}
 

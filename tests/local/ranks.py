@@ -111,13 +111,22 @@ def main(saved: Saved, out: Path, stage: str, optimizer: str) -> None:
     player.load_checkpoint(out / f"start_{stage}")
     player.begin_iteration()
     again = three_steps(player)
+    afresh = {}
+    if stage != "bfloat16":  # whose export lacks the float32 masters
+        player.export(out / f"end_{stage}", bucket_bytes=20_000)
+        player.export_adapter(out / f"end_adapter_{stage}")
+        player.begin_iteration()
+        afresh["goes on"] = three_steps(player)
+        dist.barrier()
+        anew = Saved(saved.model, str(out / f"end_adapter_{stage}")) if saved.adapter else Saved(str(out / f"end_{stage}"))
+        afresh["anew"] = three_steps(MainPlayer(anew, config, hardware))
     complaints, refused = [], False
     if player.world_size == 1:
         complaints = damage(player, out / f"checkpoint_{stage}")
         refused = refuses_code(player, out / f"checkpoint_{stage}")
     if player.rank == 0:
         torch.save({"steps": steps, "again": again, "weights": weights, "logps": logps, "alone": alone, "scores": scores, "tied": player.tied_names, "proof": player.proof,
-                    "complaints": complaints, "refuses_code": refused}, out / f"stage_{stage}.pt")
+                    "complaints": complaints, "afresh": afresh, "refuses_code": refused}, out / f"stage_{stage}.pt")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,17 @@ def test_a_player_that_takes_up_its_first_weights_again_trains_as_it_did(one_wor
         assert deterministic(again) == pytest.approx(deterministic(first), rel=1e-6, abs=1e-7)
 
 
+def check_afresh(result):
+    """An iteration after another trains as it would in a process of its own: with nothing of the last one's moments and counts."""
+    for goes_on, anew in zip(result["afresh"]["goes on"], result["afresh"]["anew"], strict=True):
+        assert deterministic(goes_on) == pytest.approx(deterministic(anew), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("setup", [setup for setup in [*STAGES, *SETUPS] if setup != "bfloat16"])
+def test_every_iteration_begins_afresh(one_worker, setup):
+    check_afresh(one_worker[setup])
+
+
 def test_zero_stages_agree(one_worker):
     close(one_worker[0], one_worker[2])
     close(one_worker[0], one_worker[1])
@@ -275,6 +286,8 @@ def test_moments_in_8_bits_train_as_in_32_under_every_setup(tiny_model, tmp_path
         assert [step["loss"] for step in eight["again"]] == pytest.approx([step["loss"] for step in eight["steps"]], rel=1e-3)
         moved = sum(float((eight["weights"][name] - full["weights"][name]).abs().max() > 0) for name in full["weights"])
         assert moved  # it is another optimizer
+        if setup != "bfloat16":
+            check_afresh(eight)
         size = {
             name: sum(path.stat().st_size for path in (tmp_path / name / f"checkpoint_{setup}").rglob("*.pt")) for name in ("adamw", "adamw_8bit")
         }

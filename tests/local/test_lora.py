@@ -21,6 +21,7 @@ from spin_ray.exchange.adapters import AdapterFiles, read_adapter
 from spin_ray.learner.adapter import Adapter, first_adapter
 from spin_ray.learner.engine import load_model
 from spin_ray.learner.logps import PolicyLogps
+from spin_ray.learner.proof import plain_logps
 from spin_ray.nodes import Node
 from spin_ray.placement import choose_hardware
 from spin_ray.records import Saved, Version
@@ -140,6 +141,28 @@ def test_an_adapter_that_lacks_a_layer_is_never_played_with(base, change, says):
     with pytest.raises(EngineFailed):
         engine.score(Version(0), PROMPT, [5, 6]).result(60)
     engine.close()
+
+
+def test_the_engine_plays_with_any_rank_and_with_layers_of_another(base, tmp_path):
+    folder, adapter, noise = base[0], tmp_path / "adapter", torch.Generator().manual_seed(1)
+    files = first_adapter(load_model(str(folder), dtype=torch.float32), LoraConfig(rank=4), base=str(folder), seed=1)
+    tensors = {}
+    for name, tensor in files.tensors.items():
+        rank, a = (12 if "q_proj" in name else 4), "lora_A" in name
+        tensors[name] = 0.2 * torch.randn((rank, tensor.shape[1]) if a else (tensor.shape[0], rank), generator=noise)
+    AdapterFiles({**files.config, "rank_pattern": {"q_proj": 12}}, tensors).write(adapter)
+    hardware = choose_hardware(Config(), [Node("here", {"CPU": 2})])
+    os.environ.update(hardware.sampler_env)
+    engine = OpponentEngine(
+        Saved(str(folder), str(adapter)), version=Version(0), dtype="float32", max_model_len=64, seed=0, settings=hardware.engine
+    )
+    found = engine.score(Version(0), PROMPT, [5, 6, 7]).result(60)
+    engine.close()
+    with torch.no_grad():
+        wanted, plain = (plain_logps(lm, np.array(PROMPT), np.array([5, 6, 7])).numpy() for lm in (
+            merged(folder, adapter), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ))
+    assert np.abs(found - wanted).max() < 1e-3 < np.abs(plain - wanted).max()
 
 
 LORA = ["lora.rank=8", "spin.lr=0.003"]

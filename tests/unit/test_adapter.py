@@ -1,6 +1,7 @@
 """A low-rank adapter: the packed forward pass with it is transformers with merged weights; its files are peft's; what is none is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,16 +11,17 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from spin_ray.bench.tiny import COMPOSITE, FAMILIES, save_tiny, tiny_config
-from spin_ray.config import LoraConfig
+from spin_ray.config import Config, LoraConfig
 from spin_ray.errors import BadInput
 from spin_ray.exchange.adapters import AdapterFiles, read_adapter
 from spin_ray.families import reason_to_refuse
-from spin_ray.learner.adapter import Adapter, first_adapter, linear_layers
+from spin_ray.learner.adapter import Adapter, check_of_model, first_adapter, linear_layers
 from spin_ray.learner.engine import load_model
 from spin_ray.learner.logps import PolicyLogps
 from spin_ray.learner.names import FolderNames, describe_export
 from spin_ray.learner.packing import pack
 from spin_ray.learner.proof import as_transformers_means_it, plain_logps
+from spin_ray.theta import _check_given
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +121,8 @@ def test_merging_leaves_the_base_as_it_was_in_half_precision(tmp_path):
 @pytest.mark.parametrize("change, says", [
     ({"use_dora": True}, "use_dora=True: DoRA cannot be trained or sampled here; merge it into its base"),
     ({"modules_to_save": ["lm_head"]}, "modules that it replaces"), ({"bias": "all"}, "bias=all: trained biases cannot"),
-    ({"peft_type": "IA3"}, "no LoRA adapter (peft_type=IA3)"),
+    ({"peft_type": "IA3"}, "no LoRA adapter (peft_type=IA3)"), ({"init_lora_weights": "pissa_niter_4"}, "changed the base as well"),
+    ({"use_bdlora": {"nblocks": 2}}, "block-diagonal LoRA"), ({"r": None}, "r, the adapter's rank, is missing"),
 ])
 def test_an_adapter_that_is_more_than_low_rank_is_refused(tmp_path, change, says):
     _, folder = made(tmp_path)
@@ -156,3 +159,40 @@ def test_a_target_that_is_no_layer_is_named(tmp_path):
     assert {name.rpartition(".")[2] for name in linear_layers(lm)} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     with pytest.raises(BadInput, match=r"no linear layer wq; it has down_proj, gate_proj, k_proj"):
         first_adapter(lm, LoraConfig(rank=8, target=["q_proj", "wq"]), base="", seed=0)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({".layers.1.mlp.up_proj.lora_A": ".embed_tokens.lora_embedding_A"}, "the base has no such linear layer below its output layer"),
+    ({".model.layers.1.mlp.up_proj": ".lm_head"}, "lm_head.lora_A.weight: the base has no such linear layer below its output layer"),
+    ({"layers.1": "layers.7"}, "layers.7.mlp.down_proj.lora_A.weight: the base has no such"),
+    ({"layers.1.mlp.up_proj.lora_B": None}, "the adapter's {'lora_A': (8, 128)} do not fit it"),
+    ({"up_proj": "down_proj", "down_proj": "up_proj"}, "takes 96 numbers and gives 128; the adapter's"),
+    ({"": None}, "there is no tensor in its adapter"),
+])
+def test_an_adapter_of_another_model_is_refused_before_anything_starts(tmp_path, change, says):
+    model, folder = made(tmp_path)
+    files = read_adapter(folder)
+    check_of_model(load_model(str(model), dtype=torch.float32), files, "F")
+    changed = {}
+    for name, tensor in files.tensors.items():
+        old = next((old for old in change if old in name), None)
+        if old is None or change[old] is not None:
+            changed[name if old is None else name.replace(old, change[old])] = tensor
+    with pytest.raises(BadInput) as caught:
+        check_of_model(load_model(str(model), dtype=torch.float32), AdapterFiles(files.config, changed), "F")
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lora, says", [
+    ({"rank": 16}, "has rank 8, and lora.rank=16: set lora.rank=8"), ({"alpha": 99.0}, "has alpha 16.0, and lora.alpha=99: leave it out"),
+    ({"target": ["q_proj", "k_proj"]}, "and lora.target=['q_proj', 'k_proj']: leave it out"),
+    ({"sync": "merged"}, "does not go with lora.sync=merged"),
+])
+def test_a_given_adapter_is_the_one_that_the_config_speaks_of(tmp_path, lora, says):
+    model, folder = made(tmp_path, target=["q_proj", "v_proj"])
+    same = {"rank": 8, "alpha": 16.0, "target": ["v_proj", "q_proj"]}
+    _check_given(replace(Config(), lora=LoraConfig(rank=8)), str(model), str(folder))
+    _check_given(replace(Config(), lora=LoraConfig(**same)), str(model), str(folder))
+    with pytest.raises(BadInput) as caught:
+        _check_given(replace(Config(), lora=LoraConfig(**{**same, **lora})), str(model), str(folder))
+    assert says in str(caught.value)

@@ -194,6 +194,9 @@ def test_a_key_that_an_earlier_version_did_not_have_counts_as_its_default(minima
     saved = json.loads(to_json(config))
     del saved["lora"], saved["model"]["adapter"]
     assert differences(config, saved) == []
+    saved["reference"]["scorer"] = "opponent"  # what auto means
+    assert differences(config, saved) == []
+    assert differences(load_config(minimal, ["reference.scorer=frozen"])[0], saved) == ["reference.scorer: opponent -> frozen"]
     assert differences(load_config(minimal, ["lora.rank=8"])[0], saved) == ["lora.rank: 0 -> 8"]
 
 
