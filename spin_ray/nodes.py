@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 
 from spin_ray.errors import BadInput
 
+
+
+class DoNotFit(BadInput):
+    """The actors of a run and the nodes of a cluster do not go together; more nodes could mend it."""
+
+
 _EPSILON = 1e-6
 _ONE_OF = re.compile(r"(!?)in\((.*)\)")
 
@@ -47,21 +53,25 @@ class Actors:
         return f"{self.number} {self.who}{'s' if self.number > 1 else ''}"
 
 
+def in_amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(resource, 0):g} {resource}" for resource in ("GPU", "CPU"))
+
+
 def total(nodes: Sequence[Node], resource: str) -> float:
     return sum(node.resources.get(resource, 0) for node in nodes)
 
 
 def check_fit(nodes: Sequence[Node], wanted: Sequence[Actors]) -> None:
-    """Raise BadInput for what could never start: by the sums of all nodes if they tell, else node by node."""
+    """Raise DoNotFit for what could never start: by the sums of all nodes if they tell, else node by node."""
     wanted = [kind for kind in wanted if kind.number]
     for resource in dict.fromkeys(resource for kind in wanted for resource in kind.each):
         need, have = sum(kind.number * kind.each.get(resource, 0) for kind in wanted), total(nodes, resource)
         if need > have + _EPSILON:
             parts = " + ".join(f"{kind} × {kind.each[resource]:g}" for kind in wanted if kind.each.get(resource))
-            raise BadInput(f"the cluster has {have:g} {resource}, this run needs {need:g} = {parts}; {_REMEDY}")
+            raise DoNotFit(f"the cluster has {have:g} {resource}, this run needs {need:g} = {parts}; {_REMEDY}")
     for kind in wanted:
         if kind.selector and not any(node.is_meant(kind.selector) for node in nodes):
-            raise BadInput(f"no node of the cluster has the labels of the {kind.who}: {_labels(kind.selector)}; {_said(nodes)}")
+            raise DoNotFit(f"no node of the cluster has the labels of the {kind.who}: {_labels(kind.selector)}; {_said(nodes)}")
     fewest: dict[str, int] | None = None
     for order in itertools.permutations(wanted):
         left = _left_over(nodes, order)
@@ -71,7 +81,7 @@ def check_fit(nodes: Sequence[Node], wanted: Sequence[Actors]) -> None:
     kind = next(kind for kind in wanted if kind.who in (fewest or ()))
     amounts = ", ".join(f"{amount:g} {resource}" for resource, amount in kind.each.items() if amount)
     where = f" with {_labels(kind.selector)}" if kind.selector else ""
-    raise BadInput(f"{fewest[kind.who]} of {kind} fit on no node{where}: each needs {amounts} on one; {_said(nodes)}; {_REMEDY}")
+    raise DoNotFit(f"{fewest[kind.who]} of {kind} fit on no node{where}: each needs {amounts} on one; {_said(nodes)}; {_REMEDY}")
 
 
 _REMEDY = "lower sampler.num_replicas or learner.num_workers, or add nodes"
@@ -110,7 +120,6 @@ def _said(nodes: Sequence[Node]) -> str:
     """Every node with what it has, or the first few."""
     said = []
     for node in nodes[:_MOST_SAID]:
-        amounts = ", ".join(f"{node.resources.get(resource, 0):g} {resource}" for resource in ("GPU", "CPU"))
         labels = _labels({label: value for label, value in node.labels.items() if not label.startswith("ray.io/")})
-        said.append(f"{node.name} has {amounts}{', ' * bool(labels)}{labels}")
+        said.append(f"{node.name} has {in_amounts(node.resources)}{', ' * bool(labels)}{labels}")
     return "; ".join(said) + (f"; and {len(nodes) - _MOST_SAID} more" if len(nodes) > _MOST_SAID else "")

@@ -47,6 +47,8 @@ class Hardware:
     """Whether sampler and learner compute on the same devices, one of them at a time."""
     learner_first: bool = False
     """Whether the learner's workers go before all others that want the same cores."""
+    actors: tuple[Actors, ...] = ()
+    """What the cluster must have room for."""
     logits_elements: int = 12 * 2**20
     """Logits that the learner's output layer holds at a time: small keeps a CPU's memory low, large keeps a GPU busy."""
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -65,17 +67,22 @@ def learner_goes_first(config: Config, *, num_gpus: int, samplers: bool, learner
 
 
 def choose_hardware(
-    config: Config, nodes: Sequence[Node], *, samplers: bool = True, learner: bool = True, learner_first: bool = False
+    config: Config, nodes: Sequence[Node], *, samplers: bool = True, learner: bool = True, learner_first: bool = False,
+    may_grow: bool = False,
 ) -> Hardware:
     """Decide from what the cluster's nodes have, or refuse at once what could never start.
 
-    `samplers` and `learner` say which players the command starts.
+    `samplers` and `learner` say which players the command starts; `may_grow`, that nodes may still come: then nothing is too small.
 
     Raises BadInput naming the actors that do not fit, and the sum or the nodes.
     """
-    num_gpus = total(nodes, "GPU")
+    sampler, num_gpus = config.sampler, total(nodes, "GPU")
+    if may_grow and not num_gpus and None in (sampler.gpus_per_replica if samplers else 0, config.learner.gpus_per_worker if learner else 0):
+        raise BadInput(
+            "the cluster has no GPU yet, and nodes may still come: say whether the players want GPUs, with sampler.gpus_per_replica and "
+            "learner.gpus_per_worker (0: they compute on CPUs)"
+        )
     on_gpus = num_gpus > 0
-    sampler = config.sampler
     num_replicas, num_workers = sampler.num_replicas * samplers, config.learner.num_workers * learner
     sampler_gpus: float = sampler.tensor_parallel_size * on_gpus if sampler.gpus_per_replica is None else sampler.gpus_per_replica
     learner_gpus: float = config.learner.gpus_per_worker if config.learner.gpus_per_worker is not None else int(on_gpus)
@@ -84,18 +91,20 @@ def choose_hardware(
             f"sampler.gpus_per_replica={sampler_gpus} does not go with sampler.tensor_parallel_size={sampler.tensor_parallel_size}; "
             "a replica takes as many GPUs as share its model"
         )
-    takes_turns = samplers and learner and _takes_turns(config, num_gpus, sampler_gpus, learner_gpus)
-    if takes_turns and on_gpus:
+    takes_turns = samplers and learner and _takes_turns(config, num_gpus, sampler_gpus, learner_gpus, may_grow=may_grow)
+    if takes_turns and sampler_gpus:
         sampler_gpus, learner_gpus = SAMPLER_SHARE, LEARNER_SHARE
     blocks_in_flight = 2 * num_replicas * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
     players = [
         Actors("sampler", num_replicas, {"GPU": sampler_gpus, "CPU": sampler.cpus_per_replica}, sampler.label_selector),
         Actors("learner", num_workers, {"GPU": learner_gpus, "CPU": config.learner.cpus_per_worker}, config.learner.label_selector),
     ]
-    if takes_turns and on_gpus:  # one of each on every GPU
-        for player in players:
-            check_fit(nodes, [replace(player, each={**player.each, "GPU": 1})])
-    check_fit(nodes, [*players, Actors("play process", play_processes(blocks_in_flight), {"CPU": PLAY_TASK_CPUS})])
+    actors = (*players, Actors("play process", play_processes(blocks_in_flight), {"CPU": PLAY_TASK_CPUS}))
+    if not may_grow:
+        if takes_turns and sampler_gpus:  # one of each on every GPU
+            for player in players:
+                check_fit(nodes, [replace(player, each={**player.each, "GPU": 1})])
+        check_fit(nodes, actors)
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if sampler_gpus and learner_gpus else "float32")
     tolerance = config.audit.tolerance or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
     gpu_engine: dict[str, Any] = {"gpu_memory_utilization": sampler.gpu_memory_utilization or (None if takes_turns else MEMORY_SHARE)}
@@ -106,7 +115,7 @@ def choose_hardware(
     }
     return Hardware(
         device="cuda" if learner_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
-        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt, blocks_in_flight=blocks_in_flight,
+        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt, actors=actors, blocks_in_flight=blocks_in_flight,
         torch_backend="nccl" if learner_gpus else "gloo", learner_first=learner_first, takes_turns=takes_turns,
         logits_elements=(256 if learner_gpus else 12) * 2**20, engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
         sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},
@@ -114,10 +123,10 @@ def choose_hardware(
     )
 
 
-def _takes_turns(config: Config, num_gpus: float, sampler_gpus: float, learner_gpus: float) -> bool:
+def _takes_turns(config: Config, num_gpus: float, sampler_gpus: float, learner_gpus: float, *, may_grow: bool) -> bool:
     """Raises BadInput where it is asked for and cannot be."""
     mode = config.placement.mode
-    if mode == "shared" and num_gpus and (sampler_gpus, learner_gpus) != (1, 1):
+    if mode == "shared" and (sampler_gpus or learner_gpus) and (sampler_gpus, learner_gpus) != (1, 1):
         raise BadInput(
             f"placement.mode=shared does not go with {sampler_gpus:g} GPUs for a sampler and {learner_gpus:g} for a learner's worker: "
             "one of each takes turns on one GPU; leave sampler.tensor_parallel_size, sampler.gpus_per_replica and "
@@ -125,7 +134,7 @@ def _takes_turns(config: Config, num_gpus: float, sampler_gpus: float, learner_g
         )
     if mode == "shared" and config.sampler.label_selector != config.learner.label_selector:
         raise BadInput("placement.mode=shared wants the same sampler.label_selector and learner.label_selector: both use the same GPUs")
-    return mode == "shared" or (mode == "auto" and num_gpus == sampler_gpus == learner_gpus == 1)
+    return mode == "shared" or (mode == "auto" and num_gpus == sampler_gpus == learner_gpus == 1 and not may_grow)
 
 
 def nodes_of_cluster() -> list[Node]:

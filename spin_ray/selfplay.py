@@ -77,7 +77,7 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
     max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens if samplers else 0, facts)
     with ExitStack() as stack:
         stack.callback(_tell_of_the_end, run, terminal)
-        hardware = stack.enter_context(ray_cluster(config, samplers=samplers))
+        hardware = stack.enter_context(ray_cluster(config, samplers=samplers, say=terminal.say))
         interrupts.listen()
         config = as_placed(config, hardware, terminal.say)
         if samplers:

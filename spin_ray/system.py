@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from spin_ray.errors import BadInput, Enough, RunStopped, in_one_line
 from spin_ray.exits import flush_output, lead_nowhere
 from spin_ray.placement import Hardware, choose_hardware, learner_goes_first, nodes_of_cluster
 from spin_ray.places import remove_short_folder, short_folder, spill_folder
+from spin_ray.room import PATIENCE_S, nodes_may_come, wait_for_room
 
 MIN_LOCAL_CPUS = 2
 MAX_STARTS = 3
@@ -33,16 +34,25 @@ RAYS_NICENESS = 15
 
 
 @contextmanager
-def ray_cluster(config: Config, *, samplers: bool = True, learner: bool = True) -> Iterator[Hardware]:
+def ray_cluster(
+    config: Config, *, samplers: bool = True, learner: bool = True, say: Callable[[str], None] = lambda _: None
+) -> Iterator[Hardware]:
     """Join the cluster in RAY_ADDRESS (a submitted job has it), or start Ray on this machine; after an error, `leave` ends it.
 
-    `samplers` and `learner` say which players the command starts.
-    Raises BadInput if the cluster is too small for the run.
+    `samplers` and `learner` say which players the command starts; `say` hears what is waited for.
+    Raises BadInput if the cluster is too small for the run, and nobody makes it larger within `cluster.wait_s`.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a worker's death, or the end of all, goes unnoticed
-    with _joined() if os.environ.get("RAY_ADDRESS") else _started(config, samplers=samplers, learner=learner) as learner_first:
-        yield choose_hardware(config, nodes_of_cluster(), samplers=samplers, learner=learner, learner_first=learner_first)
+    joins, wait_s = bool(os.environ.get("RAY_ADDRESS")), config.cluster.wait_s
+    with _joined() if joins else _started(config, samplers=samplers, learner=learner) as learner_first:
+        may_grow = joins and (nodes_may_come() if wait_s is None else wait_s > 0)
+        hardware = choose_hardware(
+            config, nodes_of_cluster(), samplers=samplers, learner=learner, learner_first=learner_first, may_grow=may_grow
+        )
+        if joins:
+            wait_for_room(hardware.actors, PATIENCE_S if wait_s is None else wait_s, nodes_of_cluster, say)
+        yield hardware
         ray.shutdown()
 
 

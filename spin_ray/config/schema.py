@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from spin_ray.config.cluster import ClusterConfig
 from spin_ray.config.guard import AuditConfig, GuardConfig
 from spin_ray.config.inputs import DataConfig, ModelConfig
 from spin_ray.config.keys import check_limits, check_schedules, one_of
@@ -43,6 +44,7 @@ class Config:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -110,7 +110,7 @@ def _probe(config: Config, small: Config, run: RunDir, terminal: Terminal) -> No
     num_prompts = _num_prompts(config, run)
     thetas, steps = thetas_of(small, run, facts), config.num_steps(num_prompts, at(config.spin, 0).num_epochs)
     max_model_len = longest_sequence(prompts + heldout, small.sampler.max_new_tokens, facts)
-    with ray_cluster(small) as hardware:
+    with ray_cluster(small, say=terminal.say) as hardware:
         interrupts.listen()
         refuse_sampler(facts, hardware)
         make_base(small, run, facts, hardware.dtype)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ from ray.job_submission import JobStatus
 
 from spin_ray import submit
 from spin_ray.errors import BadInput
+
+ROOT = Path(__file__).parents[2]
 
 
 class Cluster:
@@ -47,7 +50,7 @@ def test_no_secret_of_the_environment_is_passed_on(cluster, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert asyncio.run(submit.submit(["conf/demo.yaml", "run.name=x y"])) == 0
     assert "5ec2e7" not in repr(cluster.submitted) and cluster.submitted["runtime_env"]["env_vars"]["WANDB_MODE"] == "offline"
-    assert cluster.submitted["entrypoint"].endswith("run conf/demo.yaml 'run.name=x y'")
+    assert cluster.submitted["entrypoint"].endswith(f"run conf/demo.yaml run.dir={os.getcwd()}/runs 'run.name=x y'")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -83,3 +86,61 @@ def test_a_cluster_that_never_answers_is_one_line_too(monkeypatch):
 def test_the_exit_code_is_the_job_s(cluster, code, expected):
     cluster.status, cluster.code = JobStatus.FAILED, code
     assert asyncio.run(submit.submit(["conf/demo.yaml"])) == expected
+
+
+def submitted(cluster, *arguments: str) -> dict:
+    assert asyncio.run(submit.submit(list(arguments))) == 0
+    return cluster.submitted
+
+
+def test_who_does_not_wait_gets_the_jobs_id(cluster, capsys, monkeypatch):
+    monkeypatch.setattr(cluster, "tail_job_logs", None)
+    submitted(cluster, "conf/demo.yaml", "--no-wait")
+    assert "submitted job to " in (said := capsys.readouterr().out) and "ray job stop job" in said
+
+
+def test_a_job_has_its_resources_its_metadata_and_time_to_stop(cluster):
+    job = submitted(
+        cluster, "--num-cpus", "1", "conf/demo.yaml", "--memory=2", "run.name=mine", "--resource", "head=0.5", "--label", "zone=b",
+        "--metadata", "owner=me", "--env", "NCCL_DEBUG=INFO",
+    )
+    assert job["entrypoint_num_cpus"] == 1 and job["entrypoint_memory"] == 2 * 2**30 and "entrypoint_num_gpus" not in job
+    assert job["entrypoint_resources"] == {"head": 0.5} and job["entrypoint_label_selector"] == {"zone": "b"}
+    assert job["metadata"] == {"run": "mine", "config": "conf/demo.yaml", "spin_ray": submit.__version__, "owner": "me"}
+    env = job["runtime_env"]["env_vars"]
+    assert env["NCCL_DEBUG"] == "INFO" and int(env["RAY_JOB_STOP_WAIT_TIME_S"]) > 300
+
+
+def test_a_stopped_job_is_told_apart_from_a_failed_one(cluster, monkeypatch):
+    monkeypatch.setattr(cluster, "status", JobStatus.STOPPED)
+    monkeypatch.setattr(cluster, "code", None)
+    assert asyncio.run(submit.submit(["conf/demo.yaml"])) == 130
+
+
+def test_a_shipped_checkout_runs_where_it_lies_then(cluster, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPIN_PYTHON", "/opt/python")
+    monkeypatch.chdir(tmp_path)
+    job = submitted(cluster, str(ROOT / "conf/demo.yaml"), "run.dir=/data/runs", "--working-dir", str(ROOT))
+    assert job["entrypoint"] == "exec /opt/python -m spin_ray run conf/demo.yaml run.dir=/data/runs"
+    assert job["runtime_env"]["working_dir"] == str(ROOT) and {"runs", ".venv", ".git"} <= set(job["runtime_env"]["excludes"])
+
+
+def test_a_secret_is_read_on_the_cluster(cluster):
+    job = submitted(cluster, "conf/demo.yaml", "--secret", "WANDB_API_KEY=/run/secrets/wandb key")
+    entry = job["entrypoint"].replace(str(ROOT), "")
+    assert """export WANDB_API_KEY="$(cat '/run/secrets/wandb key')" && exec """ in entry
+    assert "WANDB_API_KEY" not in job["runtime_env"]["env_vars"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--env", "HF_TOKEN=5ec2e7"], "--env HF_TOKEN: everybody on the cluster could read it; put it into a file there"),
+    (["--env", "LEVEL"], "--env LEVEL: give NAME=VALUE"),
+    (["--resource", "head=much"], "--resource much: no number"),
+    (["--working-dir", "tests"], "--working-dir tests: no checkout of spin_ray"),
+    (["--working-dir", "."], "run.dir=runs: with --working-dir it must be an absolute path"),
+])
+def test_options_that_cannot_be_meant_are_one_line(cluster, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BadInput) as refused:
+        asyncio.run(submit.submit(["conf/demo.yaml", *arguments]))
+    assert message in str(refused.value) and "5ec2e7" not in str(refused.value) and not cluster.submitted
