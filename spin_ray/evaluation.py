@@ -67,7 +67,7 @@ def run_eval(config: Config) -> None:
                 saved = Saved(str(RunDir(config.run_path).quantized_base()), saved.adapter)
                 write_quantized_base(config, facts, Path(saved.model), hardware.dtype)
             refuse_sampler(facts, hardware, reloads=False)
-            pool = start_opponent(config, saved, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
+            pool, _ = start_opponent(config, saved, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
             pool.release.remote(Version(0))
             print(proof.line(_sampler_beside_transformers(pool, prompts, saved, hardware, logs)), file=to_read)
             metrics, _ = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))

@@ -115,6 +115,10 @@ class FirstAnswers:
         self._guard, self._room, self._chat = config.guard, config.sampler.max_new_tokens, chat
         self._seen: dict[tuple[int, str], list[bool]] = defaultdict(list)
 
+    def wanted(self, t: int) -> bool:
+        """Whether the next block of iteration t is to be looked at."""
+        return any(len(self._seen[t, kind]) < self._guard.num_answers for kind in ("empty", "truncated"))
+
     def look(self, t: int, table: pa.Table, where: str) -> dict[str, float]:
         """Take in a block of iteration t, at `where`; returns the shares that are known from it on. Raises Diverged past a limit."""
         guard, shares = self._guard, {}

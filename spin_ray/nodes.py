@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from spin_ray.errors import BadInput
 
 
-
 class DoNotFit(BadInput):
     """The actors of a run and the nodes of a cluster do not go together; more nodes could mend it."""
 

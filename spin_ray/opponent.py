@@ -16,7 +16,6 @@ A method that plays nothing has one too, as long as something is evaluated; `Bys
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -30,17 +29,19 @@ from spin_ray.config import Config
 from spin_ray.errors import WeightsLost
 from spin_ray.evaluation import Evaluations
 from spin_ray.exchange.audit import Audit, compare
-from spin_ray.exchange.pairs import PlayPlan, play
+from spin_ray.exchange.pairs import PlayPlan, Stored, StoredRows, play, read_pairs
 from spin_ray.guard import FirstAnswers
 from spin_ray.learner.group import Learner
 from spin_ray.learner.messages import Publish, Score
+from spin_ray.manifest import RunDir
 from spin_ray.methods import Method
 from spin_ray.model import ModelFacts
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
-from spin_ray.records import PAIR_SCHEMA, Devices, Prompt, PublishedWeights, Saved, Span, Version, real_only, to_table
+from spin_ray.records import Devices, Prompt, PublishedWeights, Saved, Span, Version, real_only
 from spin_ray.reporting import Reporting
-from spin_ray.sampler.pool import AUDIT, sampling_settings
+from spin_ray.sampler.pool import AUDIT, Fleet, sampling_settings
+from spin_ray.scaling import Scaler
 from spin_ray.system import Neighbours, let_learner_go_first
 from spin_ray.theta import Thetas
 
@@ -53,11 +54,11 @@ class Opponent:
     """
 
     def __init__(
-        self, config: Config, method: Method, thetas: Thetas, facts: ModelFacts, hardware: Hardware, pool: Any, learner: Learner,
-        overlap: Overlap, threads: Threads, reporting: Reporting, *, prompts: Sequence[Prompt], heldout: Sequence[Prompt],
+        self, config: Config, method: Method, thetas: Thetas, facts: ModelFacts, hardware: Hardware, pool: Any, fleet: Fleet | None,
+        learner: Learner, overlap: Overlap, threads: Threads, reporting: Reporting, *, prompts: Sequence[Prompt], heldout: Sequence[Prompt],
     ):
-        """`prompts`: the training data, whose first rows are audited. `learner` gives snapshots and takes blocks."""
-        self._config, self._method, self._run, self._hardware, self._pool = config, method, thetas.run, hardware, pool
+        """`prompts`: the training data, whose first rows are audited. `learner` gives snapshots, takes blocks; `fleet` starts replicas."""
+        self._config, self._method, self._run, self._hardware, self._pool, self._fleet = config, method, thetas.run, hardware, pool, fleet
         self._learner, self._overlap, self._threads, self._reporting = learner, overlap, threads, reporting
         self._settings = tuple(sampling_settings(config, facts.chat, t) for t in range(method.num_iterations))
         self._prompts, self._has_heldout = prompts, bool(heldout)
@@ -77,6 +78,9 @@ class Opponent:
         """The newest version that plays."""
         self._weights: PublishedWeights | None = None
         """What the samplers hold, if it came from the learner."""
+        self._scaler, sampler = None, config.sampler
+        if sampler.fewest < sampler.most and not overlap.waits_for_all:  # where the main player waits for all, nothing is hidden
+            self._scaler = Scaler(sampler.fewest, sampler.most, size=lambda: self._ask("size"), change=self._resize)
 
     def start(self) -> None:
         """Start the play of all iterations: its pipeline starts up while the engines do. Returns when a sampler is up, or where the
@@ -85,8 +89,8 @@ class Opponent:
         if self._method.plays:
             self._threads.start(self._play)
         else:
-            self._threads.start(hand_on_rows, self._method, self._prompts, self._overlap, self._learner)
-        number, first = self._config.sampler.num_replicas, not self._hardware.takes_turns
+            self._threads.start(hand_on_rows, self._method, self._run, self._overlap, self._learner)
+        number, first = self._config.sampler.fewest, not self._hardware.takes_turns
         ready = self._pool.ready.remote(1 if first else number).future()
         who = f"the first of {number} samplers" if first else f"{number} samplers"
         self._reporting.wait_for(ready, self._threads, who, f"{self._run.logs}/sampler-0.log")
@@ -98,14 +102,36 @@ class Opponent:
             max_steps_early=self._overlap.max_steps_early, anchored=self._method.anchored,
         )
         blocks = [block for t in range(self._overlap.first, self._method.num_iterations) for block in self._overlap.blocks(t)]
-        for block, table in play(plan, blocks, self._hardware.blocks_in_flight):
-            t, name = block.iteration, self._run.storage.name(self._run.pairs(block.iteration, block.kind, block.index))
+        storage = self._run.storage
+        for block, played in play(plan, blocks, self._hardware.blocks_in_flight):
+            t, path = block.iteration, self._run.pairs(block.iteration, block.kind, block.index)
             self._reporting.play_begins(t)
-            self._learner.put_block(t, block.place, table)
+            self._learner.put_block(t, block.place, Stored(path, storage))
             self._overlap.block_played(block)
-            if not block.age and (shares := self._first_answers.look(t, table, name)):
-                self._reporting.tracker.log("sampler", shares, iteration=t, opponent_version=t)
-            self._reporting.played(block, table)
+            if not block.age and self._first_answers.wanted(t):
+                shares = self._first_answers.look(t, read_pairs(path, storage), storage.name(path))
+                if shares:
+                    self._reporting.tracker.log("sampler", shares, iteration=t, opponent_version=t)
+            self._reporting.played(block, played, path)
+            if self._scaler:
+                whole = self._overlap.blocks(t)
+                new = sum(each.size for each in whole if not each.age)
+                self._scaler.played(
+                    played.num_pairs, replayed=bool(block.age), new_in_all=new, replayed_in_all=sum(each.size for each in whole) - new,
+                )
+
+    def _resize(self, difference: int, need: float) -> None:
+        """So many samplers more, or fewer."""
+        if difference > 0:
+            self._ask("add", self._fleet.more(difference))
+        else:
+            self._ask("retire", -difference)
+        self._reporting.resized(self._ask("size")[1], need, self._released)
+
+    def stepped(self, pairs_per_s: float) -> None:
+        """The main player has taken a step."""
+        if self._scaler:
+            self._scaler.trained(pairs_per_s)
 
     def asks(self, version: int) -> list[Publish | Score]:
         """What the learner is to do, in this order, before theta_version can be the opponent. The first one samplers load themselves."""
@@ -172,6 +198,8 @@ class Opponent:
                 self._threads.start(self._play_ahead, early[1])
 
     def _open(self, version: Version) -> None:
+        if self._scaler:
+            self._scaler.opened()
         if version.number < self._method.num_iterations:
             self._reporting.play_begins(version.number)
         self._ask("release", version)
@@ -233,13 +261,13 @@ class Bystander:
     """Has the verbs of `Opponent` where rows are the pairs and nothing is evaluated: no sampler is there."""
 
     def __init__(
-        self, method: Method, learner: Learner, overlap: Overlap, threads: Threads, reporting: Reporting, prompts: Sequence[Prompt],
+        self, method: Method, run: RunDir, learner: Learner, overlap: Overlap, threads: Threads, reporting: Reporting,
     ):
-        self._method, self._learner, self._overlap, self._threads = method, learner, overlap, threads
-        self._reporting, self._prompts = reporting, prompts
+        self._method, self._run, self._learner, self._overlap, self._threads = method, run, learner, overlap, threads
+        self._reporting = reporting
 
     def start(self) -> None:
-        self._threads.start(hand_on_rows, self._method, self._prompts, self._overlap, self._learner)
+        self._threads.start(hand_on_rows, self._method, self._run, self._overlap, self._learner)
 
     def asks(self, version: int) -> list[Publish | Score]:
         return []
@@ -260,6 +288,9 @@ class Bystander:
     def voiding_snapshot(self, t: int, step: int) -> Iterator[bool]:
         yield False
 
+    def stepped(self, pairs_per_s: float) -> None:
+        """Nothing is to be kept up with."""
+
     def num_restarts(self) -> int:
         return 0
 
@@ -267,11 +298,9 @@ class Bystander:
         return []
 
 
-def hand_on_rows(method: Method, prompts: Sequence[Prompt], overlap: Overlap, learner: Learner) -> None:
+def hand_on_rows(method: Method, run: RunDir, overlap: Overlap, learner: Learner) -> None:
     """Give the learner the pairs that the rows are, block by block."""
     for t in range(overlap.first, method.num_iterations):
-        rows = iter(prompts)
         for block in overlap.blocks(t):
-            pairs = [method.pair(prompt) for prompt in itertools.islice(rows, block.size)]
-            learner.put_block(t, block.place, to_table(pairs, PAIR_SCHEMA))
+            learner.put_block(t, block.place, StoredRows(run.prompts(block.index), run.storage, method))
             overlap.block_played(block)

@@ -77,13 +77,14 @@ def choose_hardware(
     Raises BadInput naming the actors that do not fit, and the sum or the nodes.
     """
     sampler, num_gpus = config.sampler, total(nodes, "GPU")
-    if may_grow and not num_gpus and None in (sampler.gpus_per_replica if samplers else 0, config.learner.gpus_per_worker if learner else 0):
+    wants_gpus = [sampler.gpus_per_replica] * samplers + [config.learner.gpus_per_worker] * learner
+    if may_grow and not num_gpus and None in wants_gpus:
         raise BadInput(
             "the cluster has no GPU yet, and nodes may still come: say whether the players want GPUs, with sampler.gpus_per_replica and "
             "learner.gpus_per_worker (0: they compute on CPUs)"
         )
     on_gpus = num_gpus > 0
-    num_replicas, num_workers = sampler.num_replicas * samplers, config.learner.num_workers * learner
+    num_replicas, num_workers = sampler.fewest * samplers, config.learner.num_workers * learner
     sampler_gpus: float = sampler.tensor_parallel_size * on_gpus if sampler.gpus_per_replica is None else sampler.gpus_per_replica
     learner_gpus: float = config.learner.gpus_per_worker if config.learner.gpus_per_worker is not None else int(on_gpus)
     if sampler_gpus not in (0, sampler.tensor_parallel_size) or (sampler_gpus == 0 and sampler.tensor_parallel_size > 1):
@@ -94,7 +95,7 @@ def choose_hardware(
     takes_turns = samplers and learner and _takes_turns(config, num_gpus, sampler_gpus, learner_gpus, may_grow=may_grow)
     if takes_turns and sampler_gpus:
         sampler_gpus, learner_gpus = SAMPLER_SHARE, LEARNER_SHARE
-    blocks_in_flight = 2 * num_replicas * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
+    blocks_in_flight = 2 * sampler.most * samplers * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
     players = [
         Actors("sampler", num_replicas, {"GPU": sampler_gpus, "CPU": sampler.cpus_per_replica}, sampler.label_selector),
         Actors("learner", num_workers, {"GPU": learner_gpus, "CPU": config.learner.cpus_per_worker}, config.learner.label_selector),

@@ -16,7 +16,7 @@ from spin_ray.learner.messages import Rest
 from spin_ray.methods import method_of
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair
-from spin_ray.sampler.pool import start_opponent
+from spin_ray.sampler.pool import Fleet, start_opponent
 from spin_ray.theta import Thetas
 from spin_ray.turns import MAIN_PLAYER, OPPONENT, Turns, check_shared
 
@@ -27,6 +27,8 @@ class Players:
     """Actor handle of the SamplerPool; None where nothing is played or evaluated."""
     learner: Learner
     takes_turns: bool
+    fleet: Fleet | None = None
+    """Starts more samplers."""
 
     def turns(self, opponent: Any, result: Callable[[int], Any]) -> Turns | None:
         """Of players that take turns on the same devices; it is the opponent's. `result`: waits for the learner's answer to a command."""
@@ -78,14 +80,14 @@ def start_players(
     if checkpoint and not run.storage.exists(checkpoint):
         where = run.storage.name(checkpoint)
         raise BadInput(f"{where}: the checkpoint of the last finished iteration is gone; put it back, or start a new run")
-    pool = None
+    pool = fleet = None
     if samplers:
-        pool = start_opponent(
+        pool, fleet = start_opponent(
             config, thetas.played(version), version, hardware, max_model_len=max_model_len, logs=run.logs, storage=run.storage
         )
     learner = Learner(
         config, hardware, saved=thetas.saved(version), logs=run.logs, checkpoint=checkpoint, rollbacks=len(run.marks("rollback")),
         storage=run.storage, proof_pairs=proof,
     )
-    yield Players(pool, learner, hardware.takes_turns)
+    yield Players(pool, learner, hardware.takes_turns, fleet)
     learner.stop()

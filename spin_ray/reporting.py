@@ -8,16 +8,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from spin_ray.background import Threads
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
+from spin_ray.exchange.pairs import Played, read_pairs
 from spin_ray.learner.messages import Proved, StepRecord, TrainReport
 from spin_ray.manifest import RunDir
 from spin_ray.methods import Method
@@ -50,7 +51,7 @@ class Reporting:
         self, config: Config, method: Method, run: RunDir, chat: ChatFormat, overlap: Overlap, proof: Proof, tracker: Tracker,
         terminal: Terminal,
     ):
-        self._config, self._method, self._chat, self._overlap = config, method, chat, overlap
+        self._config, self._method, self._run, self._chat, self._overlap = config, method, run, chat, overlap
         self.tracker, self.terminal = tracker, terminal
         self._proof = proof
         self._timeline = Timeline(run.path)
@@ -115,18 +116,23 @@ class Reporting:
         with self._beginning:
             self._plays[t].begun = self._plays[t].begun or time.monotonic()
 
-    def played(self, block: BlockSpec, table: pa.Table) -> None:
-        """A block that is finished. Blocks come one after the other, an iteration's in a row."""
+    def played(self, block: BlockSpec, played: Played, path: Path) -> None:
+        """A block that is finished, and lies at `path`. Blocks come one after the other, an iteration's in a row."""
         t, play = block.iteration, self._plays[block.iteration]
-        play.pairs += len(table)
-        play.drawn += 0 if block.age else pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
+        play.pairs += played.num_pairs
+        play.drawn += 0 if block.age else played.num_drawn
         seconds = max(time.monotonic() - play.begun, 1e-9)
         rate = play.drawn / seconds
         doing = f"{rate:,.0f} tok/s" if play.drawn else "re-scoring"
         self.terminal.progress("opponent", play.pairs, play.total, f"iteration {t}  pairs {play.pairs}/{play.total}  {doing}")
         if play.pairs == play.total:
             self.tracker.log("sampler", {"play_s": seconds, "tokens_per_s": rate}, iteration=t, opponent_version=t)
-            self._examples(t, table)
+            self._examples(t, read_pairs(path, self._run.storage))
+
+    def resized(self, samplers: int, need: float, t: int | None) -> None:
+        """There are so many samplers from now on, those that start with them."""
+        self.terminal.say(f"samplers: {samplers} from now on; {need:.2f} would keep up with the main player")
+        self.tracker.log("sampler", {"num_replicas": samplers, "needed_replicas": need}, iteration=t)
 
     def draw_timeline(self) -> None:
         """timeline.png: what both players did when, of all sessions of this run."""

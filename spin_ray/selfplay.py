@@ -128,10 +128,10 @@ class SelfPlay:
         self._reporting = reporting = Reporting(config, method, run, facts.chat, overlap, proof, tracker, terminal)
         self._reports = Reports(self._act_on)
         if players.pool is None:
-            self._opponent = Bystander(method, self._learner, overlap, threads, reporting, prepared.train)
+            self._opponent = Bystander(method, run, self._learner, overlap, threads, reporting)
         else:
             self._opponent = Opponent(
-                config, method, thetas, facts, hardware, players.pool, self._learner, overlap, threads, reporting,
+                config, method, thetas, facts, hardware, players.pool, players.fleet, self._learner, overlap, threads, reporting,
                 prompts=prepared.train, heldout=prepared.heldout,
             )
             self._turns = players.turns(self._opponent, self._result)
@@ -272,6 +272,7 @@ class SelfPlay:
                 if report.step == 0:
                     self._first_losses.judge(report.iteration, first_losses(report.metrics))
                 self._reporting.step(report)
+                self._opponent.stepped(report.metrics["pairs_per_s"])
             case Divergence():
                 with self._opponent.voiding_snapshot(report.iteration, report.step) as played_ahead:
                     self._rollbacks.answer(report, played_ahead=played_ahead)

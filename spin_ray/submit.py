@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--no-wait", action="store_true", help="print the job's id and return")
-    made.add_argument("--working-dir", type=Path, metavar="FOLDER", help="ship this checkout; the cluster needs what it depends on alone")
-    made.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the job's processes; everybody on the cluster can read it")
+    made.add_argument("--working-dir", type=Path, metavar="FOLDER", help="ship this checkout; the cluster has what it depends on")
+    made.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the job's processes; everybody can read it")
     made.add_argument("--secret", action="append", default=[], metavar="NAME=FILE", help="for the driver: what a file on the cluster holds")
     made.add_argument("--metadata", action="append", default=[], metavar="NAME=VALUE", help="shown by `ray job list`")
     made.add_argument("--num-cpus", type=float, help="that the driver reserves; 0 unless given")
@@ -81,8 +81,10 @@ def job_of(options: argparse.Namespace) -> dict[str, Any]:
     config, _ = load_config(options.config, options.overrides)
     env = _pairs("--env", options.env)
     if telling := [name for name in env if _SECRET.search(name)]:
-        raise BadInput(f"--env {telling[0]}: everybody on the cluster could read it; put it into a file there and give --secret {telling[0]}=FILE")
-    env = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)} | env
+        name = telling[0]
+        raise BadInput(f"--env {name}: everybody on the cluster could read it; put it into a file there and give --secret {name}=FILE")
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    env = {**passed_on, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **env}
     runtime: dict[str, Any] = {"env_vars": env}
     shipped, cwd = options.working_dir, Path.cwd()
     if shipped:

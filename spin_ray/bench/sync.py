@@ -108,7 +108,7 @@ def measure(folder: Path, *, cycles: int, settings: Sequence[str] = ()) -> dict[
 
 def play(config: Any, thetas: Thetas, hardware: Hardware, cycles: int) -> tuple[float, float, Any]:
     logs, theta = thetas.run.logs, thetas.first
-    pool = start_opponent(config, thetas.played(0), 0, hardware, max_model_len=64, logs=logs)
+    pool, _ = start_opponent(config, thetas.played(0), 0, hardware, max_model_len=64, logs=logs)
     learner = Learner(config, hardware, saved=theta, logs=logs)
     ray.get(pool.ready.remote())
     seconds = []

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spin_ray.config.keys import at_least, per_iteration, within
+from spin_ray.errors import BadInput
 
 
 @dataclass
 class SamplerConfig:
-    num_replicas: int = at_least(1, 1)
-    """Opponent sampler actors, each with an engine of its own."""
+    num_replicas: Any = 1
+    """Opponent sampler actors, each with an engine of its own; {min: 1, max: 8}: as many of these as keep the learner from waiting."""
     tensor_parallel_size: int = at_least(1, 1)
     """GPUs that share one replica's model."""
     gpus_per_replica: int | None = at_least(0, None)
@@ -38,3 +39,20 @@ class SamplerConfig:
     restart_window_s: float = at_least(0, 600.0)
     gpu_memory_utilization: float | None = within("(0, 1]", None)
     """Share of a GPU's memory for the engine. None: 0.9, or with placement.mode=shared what a learner that rests leaves, if less."""
+
+    @property
+    def fewest(self) -> int:
+        return self.num_replicas["min"] if isinstance(self.num_replicas, dict) else self.num_replicas
+
+    @property
+    def most(self) -> int:
+        return self.num_replicas["max"] if isinstance(self.num_replicas, dict) else self.num_replicas
+
+    def check(self) -> None:
+        given = self.num_replicas
+        if isinstance(given, dict) and given.keys() != {"min", "max"}:
+            raise BadInput(f"sampler.num_replicas={given}: give a number, or {{min: 1, max: 8}}")
+        if not all(type(count) is int and count >= 1 for count in (self.fewest, self.most)):
+            raise BadInput(f"sampler.num_replicas={given}: must be at least 1, a whole number")
+        if self.fewest > self.most:
+            raise BadInput(f"sampler.num_replicas={given}: min is larger than max")

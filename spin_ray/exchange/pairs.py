@@ -5,15 +5,17 @@ read, otherwise it is played by the sampler pool and written under a temporary n
 commit. So the same expression serves a first run and a resumed one (invariant 5). Blocks of later iterations stand in
 the pipeline early and wait at the pool for their version: when its weights arrive, nothing has to start up.
 
-The blocks go to the learner as references, every rank sees all of them in the same order. Why not `streaming_split`:
-with equal=True it drops rows, with equal=False ranks run out at different times and hang their collectives, and either
-way the batches depend on the number of workers. Pairs are token ids: all of an iteration is a few hundred megabytes.
+No pair passes through the driver: it hears what a block holds (`Played`), and tells the learner where it lies (`Stored`). Every rank
+reads all of them in the same order. Why not `streaming_split`: with equal=True it drops rows, with equal=False ranks run out at
+different times and hang their collectives, and either way the batches depend on the number of workers. Pairs are token ids: all of an
+iteration is a few hundred megabytes. And a learner that cannot reach the samplers' nodes still reads what they have written.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -60,6 +63,55 @@ class PlayPlan:
     """How stale a pair may be: 0 but in `lookahead`."""
     anchored: bool = False
     """Whether pairs also carry what theta_0 answered."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """What the driver hears of a finished block."""
+
+    num_pairs: int
+    num_drawn: int
+    """Tokens of the answers in it."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the pairs of a block lie."""
+
+    path: Path
+    storage: Disk
+
+    def pairs(self) -> list[Pair]:
+        """Raises BadInput if they are damaged, or not there within `LATE_FILE_S`: a shared disk may show a new file a moment late."""
+        until = time.monotonic() + LATE_FILE_S
+        while not self.storage.exists(self.path) and time.monotonic() < until:
+            time.sleep(0.2)
+        return from_table(read_pairs(self.path, self.storage), Pair)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows that are the pairs themselves: prompts that a method makes pairs of."""
+
+    path: Path
+    storage: Disk
+    method: Any
+
+    def pairs(self) -> list[Pair]:
+        return [self.method.pair(prompt) for prompt in read_prompts(self.path, self.storage)]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Pairs that lie nowhere yet."""
+
+    given: tuple[Pair, ...]
+
+    def pairs(self) -> list[Pair]:
+        return list(self.given)
+
+
+LATE_FILE_S = 60.0
 
 
 def write_prompts(run: RunDir, prompts: Sequence[Prompt], block_prompts: int) -> list[int]:
@@ -113,8 +165,8 @@ def pairs_on_disk(path: Path, storage: Disk = DISK) -> pa.Table | None:
         return None
 
 
-def play(plan: PlayPlan, blocks: Sequence[BlockSpec], num_in_flight: int) -> Iterator[tuple[BlockSpec, pa.Table]]:
-    """Play blocks with up to `num_in_flight` at a time; yields each with its pairs, in the order of `blocks`."""
+def play(plan: PlayPlan, blocks: Sequence[BlockSpec], num_in_flight: int) -> Iterator[tuple[BlockSpec, Played]]:
+    """Play blocks with up to `num_in_flight` at a time; yields each when it is written, in the order of `blocks`."""
     if not blocks:  # a run that was cut off behind its last iteration; Ray Data knows no empty pipeline
         return
     context = ray.data.DataContext.get_current()
@@ -131,12 +183,11 @@ def play(plan: PlayPlan, blocks: Sequence[BlockSpec], num_in_flight: int) -> Ite
     )
     tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     for block, table in zip(blocks, tables, strict=True):
-        _check_block(plan, block, table)
-        yield block, table
+        yield block, from_table(table, Played)[0]
 
 
 class PlayBlock:
-    """The stage of the pipeline: the pairs of a block, from disk if they are there, otherwise played and written.
+    """The stage of the pipeline: the pairs of a block are on disk, or they are played and written. Returns what was `Played`.
 
     Awaits its answers: a thread in `ray.get` wakes up every second to look for signals, and hundreds of blocks wait at a time.
     """
@@ -148,13 +199,13 @@ class PlayBlock:
         plan, block = self._plan, self._blocks[int(row["place"][0])]
         storage, path = plan.run.storage, plan.run.pairs(block.iteration, block.kind, block.index)
         if (finished := await asyncio.to_thread(pairs_on_disk, path, storage)) is not None:
-            return finished
+            return _checked(plan, block, finished)
         await plan.pool.released.remote(block.version)  # a replayed block's pairs are all on disk by then
         pairs = await (rescore_pairs if block.age else sample_pairs)(plan, block)
         table = to_table(await with_anchors(plan, block, pairs) if plan.anchored else pairs, PAIR_SCHEMA)
         check_logps(block, table)
         await asyncio.to_thread(write_table, path, table, storage)
-        return await asyncio.to_thread(read_pairs, path)
+        return _checked(plan, block, await asyncio.to_thread(read_pairs, path))
 
 
 async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:
@@ -262,6 +313,12 @@ def check_logps(block: BlockSpec, table: pa.Table) -> None:
                 f"iteration {block.iteration}, {block.kind} {block.index}: {np.sum(~numbers)} of {len(numbers)} {name} are not numbers; "
                 f"look at the weights of {block.version}, which gave them"
             )
+
+
+def _checked(plan: PlayPlan, block: BlockSpec, table: pa.Table) -> pa.Table:
+    """What was `Played`, of pairs that are what they should be."""
+    _check_block(plan, block, table)
+    return pa.table({"num_pairs": [len(table)], "num_drawn": [pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()]})
 
 
 def _check_block(plan: PlayPlan, block: BlockSpec, table: pa.Table) -> None:

@@ -13,13 +13,13 @@ import ray
 
 from spin_ray.learner.coordinator import unwrapped
 from spin_ray.learner.messages import Train
-from spin_ray.records import Pair, from_table
+from spin_ray.records import Pair
 
 NOTICEABLE_WAIT_S = 0.05
 
 
 class BlockFeed:
-    """An iteration's blocks in order, fetched ahead by a thread of its own; knows how long it had to wait for them.
+    """An iteration's blocks in order, read ahead by a thread of its own; knows how long it had to wait for them.
 
     `log_span(activity, begin, end)` hears of the stretches of training between two waits.
     """
@@ -53,8 +53,8 @@ class BlockFeed:
             place = 0
             while place < self._num_blocks:
                 references = unwrapped(self._coordinator.blocks.remote(self._iteration, place))
-                for table in ray.get(references):
-                    self._fetched.put(from_table(table, Pair))
+                for block in ray.get(references):
+                    self._fetched.put(block.pairs())
                 place += len(references)
         except BaseException as error:  # raised where the blocks are waited for
             self._fetched.put(error)

@@ -68,9 +68,9 @@ class Learner:
     def run(self, command: Any) -> Any:
         return self.result(self.post(command))
 
-    def put_block(self, iteration: int, place: int, pairs: Any) -> None:
-        """Offer a finished block of an iteration, an Arrow table, at its place in the order of training."""
-        ray.get(self.coordinator.put_block.remote(iteration, place, [ray.put(pairs)]))
+    def put_block(self, iteration: int, place: int, block: Any) -> None:
+        """Offer a finished block of an iteration, at its place in the order of training; a worker calls its `pairs()`."""
+        ray.get(self.coordinator.put_block.remote(iteration, place, [ray.put(block)]))
 
     def when_failed(self, tell: Callable[[BaseException], None]) -> None:
         """Have `tell` called with the first error, as soon as there is one. No thread waits: one in `ray.get` would meet Ray's end.

@@ -57,8 +57,9 @@ CHUNK = 16
 def start_opponent(
     config: Config, saved: Saved, version: int, hardware: Hardware, *, max_model_len: int, logs: Path, storage: Disk = DISK,
     reloads: bool = True,
-) -> Any:
-    """Start all replicas with theta_version, which lies at `saved`, and return the pool's actor handle at once, while they load.
+) -> tuple[Any, Fleet]:
+    """Start the replicas with theta_version, which lies at `saved`. Returns at once, while they load: the pool's actor handle, and who
+    starts more of them.
 
     `reloads` says whether they will have to take up other weights; a run that begins tries it first.
     """
@@ -70,21 +71,31 @@ def start_opponent(
         num_cpus=config.sampler.cpus_per_replica, num_gpus=hardware.sampler_gpus, max_concurrency=10_000, max_restarts=-1,
         label_selector=dict(config.sampler.label_selector),
     )(Sampler)
-    samplers = [
-        actor.remote(SamplerArgs(
+
+    def start(replica: int) -> Any:
+        return actor.remote(SamplerArgs(
             saved=saved, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
             seed=config.run.seed + 1000 * version + replica,  # a resumed run must not draw its first iteration's numbers again
             log_path=str(logs / f"sampler-{replica}.log"), engine=settings, env=hardware.sampler_env,
             storage=storage, try_reload=reloads and version == 0,
         ))
-        for replica in range(config.sampler.num_replicas)
-    ]
-    sampler = config.sampler
+
+    sampler, fleet = config.sampler, Fleet(start)
     limits = Limits(
         sampler.max_num_seqs, sampler.request_timeout_s, sampler.max_restarts, sampler.restart_window_s,
         heartbeat_timeout_s=sampler.heartbeat_timeout_s or math.inf,
     )
-    return start_pool(samplers, Version(version), limits)
+    return start_pool(fleet.more(sampler.fewest), Version(version), limits), fleet
+
+
+class Fleet:
+    """Starts replicas, each with a number of its own: `start(number)` -> actor handle."""
+
+    def __init__(self, start: Callable[[int], Any]):
+        self._start, self._numbers = start, itertools.count()
+
+    def more(self, count: int) -> list[Any]:
+        return [self._start(next(self._numbers)) for _ in range(count)]
 
 
 def start_pool(samplers: Sequence[Any], version: Version, limits: Limits) -> Any:
@@ -139,6 +150,10 @@ class _Replica:
     outstanding_tokens: int = 0
     """Tokens that it may still draw for them: an answer that is only scored costs it next to nothing beside one that it writes."""
     loading: bool = False
+    leaving: bool = False
+    """It gets no more work, and goes when it owes nothing."""
+    needed: bool = True
+    """Whether the run must not go on without it; one that was added may find no place."""
 
     @property
     def name(self) -> str:
@@ -164,12 +179,17 @@ class _Work:
 class SamplerPool:
     """A plain class: its contract is tested with fake samplers, without Ray."""
 
-    def __init__(self, samplers: Sequence[Any], version: Version, limits: Limits, restart: Callable[[Any], None] = restart_actor):
-        self._first_version, self._limits, self._restart = version, limits, restart
+    def __init__(
+        self, samplers: Sequence[Any], version: Version, limits: Limits, restart: Callable[[Any], None] = restart_actor,
+        end: Callable[[Any], None] = ray.kill,
+    ):
+        self._first_version, self._limits, self._restart, self._end = version, limits, restart, end
         self._failures: deque[tuple[float, BaseException]] = deque()
         """(when, error) of what led to restarts within the window."""
         self._num_restarts = 0
         self._replicas = [_Replica(number, handle, version) for number, handle in enumerate(samplers)]
+        self._num_replicas = len(self._replicas)
+        """All that there have ever been: a number is given once."""
         self._version = version
         self._newest = version
         """The last one that was asked for by `load`."""
@@ -195,8 +215,37 @@ class SamplerPool:
     async def start(self) -> None:
         """Let every replica join as soon as it is up."""
         for replica in self._replicas:
-            self._spawn(self._join(replica))
-            self._spawn(self._watch(replica))
+            self._welcome(replica)
+
+    def _welcome(self, replica: _Replica) -> None:
+        self._spawn(self._join(replica))
+        self._spawn(self._watch(replica))
+
+    async def add(self, samplers: Sequence[Any]) -> None:
+        """Replicas that started with the pool's first version; they join as soon as they are up, with the present weights."""
+        for handle in samplers:
+            self._replicas.append(_Replica(self._num_replicas, handle, self._first_version, needed=False))
+            self._num_replicas += 1
+            self._welcome(self._replicas[-1])
+
+    async def retire(self, count: int) -> None:
+        """Let so many replicas go, each when it owes nothing: first those that are not up yet, then those that owe least. One stays."""
+        staying = sorted((r for r in self._replicas if not r.leaving), key=lambda r: (r.joined, r.outstanding_tokens, -r.number))
+        for replica in staying[: max(0, min(count, len(staying) - 1))]:
+            replica.leaving = True
+        await self._note_change()
+
+    async def size(self) -> tuple[int, int]:
+        """How many replicas are up, and how many there are with those that start."""
+        staying = [replica for replica in self._replicas if not replica.leaving]
+        return sum(replica.joined for replica in staying), len(staying)
+
+    def _see_off(self) -> None:
+        """End those that leave and owe nothing."""
+        for replica in [r for r in self._replicas if r.leaving and not r.outstanding and not r.loading]:
+            self._replicas.remove(replica)
+            replica.lives += 1  # what it still says counts no more
+            self._end(replica.handle)
 
     async def ready(self, count: int = 1) -> int:
         """Wait until so many replicas are up; returns how many have joined."""
@@ -256,7 +305,7 @@ class SamplerPool:
     async def _load_all(self, weights: PublishedWeights) -> list[float]:
         self._version, self._weights, self._lost = weights.version, weights, None
         await self._note_change()
-        loads = [self._spawn(self._load(replica)) for replica in self._replicas if replica.joined]
+        loads = [self._spawn(self._load(replica)) for replica in self._replicas if replica.joined and not replica.leaving]
         if loads:
             await asyncio.wait(loads)  # all of them, also if one fails: none may overtake a later load
         await self._note_change()
@@ -363,7 +412,8 @@ class SamplerPool:
         return not self._asleep and work.version == self._version and (self._released or work.rank[0] == AUDIT)
 
     def _least_loaded(self) -> _Replica | None:
-        free = [r for r in self._replicas if r.joined and r.version == self._version and r.outstanding < self._limits.room + CHUNK]
+        room = self._limits.room + CHUNK
+        free = [r for r in self._replicas if r.joined and not r.leaving and r.version == self._version and r.outstanding < room]
         return min(free, key=lambda replica: (replica.outstanding_tokens, replica.outstanding), default=None)
 
     async def _answer(self, replica: _Replica, work: _Work) -> None:
@@ -383,7 +433,7 @@ class SamplerPool:
     async def _watch(self, replica: _Replica) -> None:
         """The heartbeat: an engine that hangs is noticed long before the deadline of what it owes."""
         limit = self._limits.heartbeat_timeout_s
-        while self._error is None and limit < math.inf:
+        while self._error is None and limit < math.inf and replica in self._replicas:
             await asyncio.sleep(min(HEARTBEAT_S, limit / 4))
             if not (replica.loading or (replica.joined and replica.outstanding)):
                 continue
@@ -402,6 +452,9 @@ class SamplerPool:
     def _start_anew(self, replica: _Replica, life: int, error: BaseException) -> None:
         """Have a broken replica join again; the first of its requests to fail sees to it."""
         if life != replica.lives:
+            return
+        if replica.leaving or not (replica.needed or replica.joined):
+            replica.leaving = True  # it goes in any case, or has found no place
             return
         replica.joined, replica.loading = False, False
         replica.version, replica.weights = self._first_version, None
@@ -423,7 +476,7 @@ class SamplerPool:
         try:
             await self._until(lambda: not self._asleep)
             await asyncio.wait_for(_up(replica.handle), self._limits.request_timeout_s)
-            while replica.weights is not (weights := self._weights) and life == replica.lives:
+            while replica.weights is not (weights := self._weights) and life == replica.lives and not replica.leaving:
                 try:
                     await self._load(replica)
                 except WeightsLost as error:
@@ -431,7 +484,7 @@ class SamplerPool:
                     await self._note_change()
                     await self._until(lambda: self._weights is not weights)
             if life == replica.lives:
-                replica.joined = True
+                replica.joined, replica.needed = True, True
         except BROKEN as error:
             self._start_anew(replica, life, error)
         except Exception as error:  # raised again wherever somebody waits for an answer
@@ -459,6 +512,7 @@ class SamplerPool:
         return any(replica.outstanding for replica in self._replicas) or any(self._may_answer(work) for *_, work in self._waiting)
 
     async def _note_change(self, *, turned: bool = False) -> None:
+        self._see_off()
         async with self._changed:
             self._dispatch()
             self._changed.notify_all()

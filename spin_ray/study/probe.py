@@ -25,6 +25,7 @@ import ray
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config, at, load_config
 from spin_ray.errors import BadInput
+from spin_ray.exchange.pairs import Given
 from spin_ray.heldout import advantage, as_pairs, divergence
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.group import Learner
@@ -36,7 +37,7 @@ from spin_ray.model import inspect_model, longest_sequence
 from spin_ray.players import start_players
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
 from spin_ray.prepared import Prepared, prepare
-from spin_ray.records import PAIR_SCHEMA, Pair, Version, to_table
+from spin_ray.records import Pair, Version
 from spin_ray.sampler.pool import PLAY, sampling_settings
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -176,7 +177,7 @@ def _tries(
     start = run.path / START
     learner.run(Save(None, str(start)))
     run.storage.commit(start)
-    learner.put_block(0, 0, to_table(list(train), PAIR_SCHEMA))
+    learner.put_block(0, 0, Given(tuple(train)))
     own = min(steps, NUM_EPOCHS * -(-len(train) // small.learner.batch_pairs))
     objective, lr = method.objective(0), method.lr(0)
     found, rates, memory = [], [], 0.0

@@ -35,7 +35,7 @@ LAYERS = [
     ("records.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
      "chatter.py", "placement.py", "nodes.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
-     "places.py", "address.py", "turns.py"),
+     "places.py", "address.py", "turns.py", "room.py", "scaling.py"),
     ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
     ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",),
     ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),

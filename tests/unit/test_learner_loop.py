@@ -12,12 +12,13 @@ import pytest
 
 from spin_ray.config import Config, LearnerConfig, RunConfig
 from spin_ray.errors import Diverged, RunStopped
+from spin_ray.exchange.pairs import Given
 from spin_ray.learner.batches import batches, learning_rate
 from spin_ray.learner.coordinator import Base, Coordinator, Failure, Joined
 from spin_ray.learner.loop import RolledBack, Worker, check_numbers, staleness
 from spin_ray.learner.messages import Count, Train
 from spin_ray.losses import PairObjective
-from spin_ray.records import PAIR_SCHEMA, Saved, Span, Version, opponent_reference, to_table
+from spin_ray.records import Saved, Span, Version, opponent_reference
 from spin_ray.storage import DISK
 
 BASE = Base(Saved("theta_0"), None)
@@ -321,10 +322,10 @@ def trained(monkeypatch, make_pairs, tmp_path):
     monkeypatch.setattr("spin_ray.learner.coordinator.ray.get", lambda value: value)
 
     def train(rollbacks, progress, **more):
-        tables = [to_table(make_pairs(4, seed=block), PAIR_SCHEMA) for block in range(5)]
+        given = [Given(tuple(make_pairs(4, seed=block))) for block in range(5)]
         (tmp_path / "progress").mkdir(exist_ok=True)
         (tmp_path / "progress/count.json").write_text(json.dumps(dataclasses.asdict(progress)))
-        mailbox, player = Mailbox(tables), RecordingPlayer()
+        mailbox, player = Mailbox(given), RecordingPlayer()
         config = LearnerConfig(batch_pairs=4, warmup_fraction=0.5)
         args = SimpleNamespace(coordinator=mailbox, config=config, seed=0, log_dir="logs", storage=DISK, rollback_lr_factor=0.5)
         command = dataclasses.replace(command_of_five, progress_path=str(tmp_path / "progress"), **more)

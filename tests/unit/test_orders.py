@@ -26,7 +26,7 @@ from spin_ray.background import in_background
 from spin_ray.config import load_config
 from spin_ray.errors import BadInput, Diverged, EngineFailed, Enough, RunStopped, WeightsLost
 from spin_ray.exchange.audit import FirstLossError
-from spin_ray.exchange.pairs import PlayBlock, write_prompts
+from spin_ray.exchange.pairs import Played, PlayBlock, write_prompts
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner import group as learner_group
 from spin_ray.learner.coordinator import Base, Coordinator, DriverFailed, Failure
@@ -38,7 +38,7 @@ from spin_ray.manifest import RunDir
 from spin_ray.placement import Hardware
 from spin_ray.players import Players, as_placed
 from spin_ray.preflight import Proof
-from spin_ray.records import Prompt, Saved, Version
+from spin_ray.records import Prompt, Saved, Version, from_table
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, EVALUATE, Limits, SamplerPool
 from spin_ray.selfplay import Prepared, SelfPlay
@@ -459,7 +459,7 @@ class Run:
             asyncio.run_coroutine_threadsafe(stage({"place": np.array([place])}), self.messages.loop) for place in range(len(blocks))
         ]
         for block, table in zip(blocks, waiting, strict=True):
-            yield block, table.result()
+            yield block, from_table(table.result(), Played)[0]
 
     def result(self):
         """Until it has ended; raises what it raised, or that it hangs."""

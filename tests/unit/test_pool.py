@@ -517,3 +517,71 @@ def test_a_replica_that_dies_asleep_starts_when_it_may(fails):
         assert new.told == ["ready"] and new.num_prompts and await pool.num_restarts() == 1
 
     run(scenario)
+
+
+async def with_ends(*samplers, **limits):
+    """A pool, and the replicas that it has ended."""
+    ended = []
+    pool = SamplerPool([Handle(sampler) for sampler in samplers], THETA_0, Limits(64, **limits), restart, ended.append)
+    await pool.start()
+    await pool.ready()
+    await pool.release(THETA_0)
+    return pool, ended
+
+
+def test_who_joins_late_takes_up_the_present_weights_and_works():
+    async def scenario():
+        pool, _ = await with_ends(FakeSampler(THETA_0))
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        late = FakeSampler(THETA_0)
+        await pool.add([Handle(late)])
+        await pool.ready(2)
+        assert await pool.size() == (2, 2)
+        answers = await pool.sample(THETA_1, prompts(8 * CHUNK), SETTINGS)
+        assert {answer.version for answer in answers} == {THETA_1} and late.num_prompts > 0
+
+    run(scenario)
+
+
+def test_who_leaves_finishes_what_it_owes_and_gets_nothing_more():
+    async def scenario():
+        slow = {"prompts_per_s": 1.0}
+        pool, ended = await with_ends(FakeSampler(THETA_0, **slow), FakeSampler(THETA_0, **slow), FakeSampler(THETA_0, **slow))
+        asked = asyncio.ensure_future(pool.sample(THETA_0, prompts(6 * CHUNK), SETTINGS))
+        await asyncio.sleep(1)
+        await pool.retire(2)
+        assert await pool.size() == (1, 1) and not ended  # they owe answers
+        assert len(await asked) == 6 * CHUNK and len(ended) == 2
+        assert len(await pool.sample(THETA_0, prompts(CHUNK), SETTINGS)) == CHUNK and len(await pool.spans()) >= 7
+        await pool.retire(5)
+        assert await pool.size() == (1, 1)  # one stays
+
+    run(scenario)
+
+
+def test_who_finds_no_place_is_given_up_and_the_run_goes_on():
+    async def scenario():
+        pool, ended = await with_ends(FakeSampler(THETA_0), request_timeout_s=100.0, max_restarts=0)
+        nowhere = SimpleNamespace(ready=lambda: asyncio.sleep(10**6))
+        await pool.add([Handle(nowhere)])
+        assert await pool.size() == (1, 2)
+        await asyncio.sleep(101)
+        await pool.sample(THETA_0, prompts(1), SETTINGS)
+        assert await pool.size() == (1, 1) and len(ended) == 1 and await pool.num_restarts() == 0
+
+    run(scenario)
+
+
+def test_one_that_leaves_may_die_meanwhile():
+    async def scenario():
+        pool, ended = await with_ends(FakeSampler(THETA_0, prompts_per_s=1.0), FakeSampler(THETA_0, prompts_per_s=1.0), max_restarts=0)
+        asked = asyncio.ensure_future(pool.sample(THETA_0, prompts(4 * CHUNK), SETTINGS))
+        await asyncio.sleep(1)
+        await pool.retire(1)
+        (leaving,) = [replica for replica in pool._replicas if replica.leaving]
+        for call in leaving.handle._calls:
+            call.cancel()
+        assert len(await asked) == 4 * CHUNK and len(ended) == 1 and await pool.num_restarts() == 0
+
+    run(scenario)
