@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed-$(PROFILE)
 
-.PHONY: demo test test-slow gpu-check lint setup
+.PHONY: demo test test-slow test-cluster gpu-check lint setup
 demo: setup            ## three SPIN iterations on the embedded model and data
 	$(BIN)/python -m spin_ray run conf/demo.yaml
 
@@ -13,6 +13,9 @@ test: setup            ## every test
 
 test-slow: setup       ## tests that take minutes and rarely break
 	$(BIN)/python -m pytest -m slow
+
+test-cluster: setup    ## a job over several hosts, which are made of namespaces (root, Linux), and what may happen to them
+	$(BIN)/python -m pytest tests/cluster -m "slow or not slow"
 
 gpu-check:             ## on a machine with a GPU, with whatever is installed: torch and transformers are enough for half of it
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m spin_ray bench gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 import sys
 import time
@@ -23,13 +24,15 @@ class Cluster:
     def __init__(self, lab: Lab, *, head_cpus: int = 0):
         self.lab, self._logs = lab, lab.shared / "logs"
         self._logs.mkdir(exist_ok=True)
+        self._token = secrets.token_hex(32)
         self.desk, self.nodes = lab.host("desk"), {}
+        self._bring_token(self.desk)
         self.start_head(head_cpus)
 
     def start_head(self, cpus: int = 0, *more: str) -> None:
         self.head = self.lab.host("head")
+        self._bring_token(self.head)
         self._start(self.head, "--head", f"--num-cpus={cpus}", "--dashboard-host=0.0.0.0", *more)
-        self._bring_token(self.desk)
 
     def join(self, name: str, *, cpus: int = 2, labels: dict[str, str] | None = None, clock_s: float = 0.0) -> Host:
         """A new host that joins; its clock may be off."""
@@ -41,7 +44,7 @@ class Cluster:
 
     def _bring_token(self, host: Host) -> None:
         (host.home / ".ray").mkdir(parents=True, exist_ok=True)
-        (host.home / ".ray/auth_token").write_text((self.head.home / ".ray/auth_token").read_text())
+        (host.home / ".ray/auth_token").write_text(self._token)
 
     def _start(self, host: Host, *words: str) -> None:
         log = self._logs / f"{host.name}.log"

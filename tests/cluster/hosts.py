@@ -129,7 +129,7 @@ class Host:
         lab, tmp, booted = self._lab, self._folder / "tmp", self.home / "booted"
         booted.unlink(missing_ok=True)
         tmp.mkdir(exist_ok=True)
-        seen = [path for path in (lab.shared, self.home, *INSTALLED) if path.is_relative_to("/tmp")]
+        seen = [path for path in (lab.shared, self.home, *INSTALLED) if path.is_relative_to("/tmp") and path.exists()]
         script = _BOOT.format(tmp=tmp, seen=shlex.join(map(str, seen)), names=lab._names, name=self.name, booted=booted)
         self._machine = subprocess.Popen([
             "ip", "netns", "exec", self.namespace, "unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child",

@@ -10,6 +10,8 @@ from clusters import LEARNS, PLAYS, Cluster, finished, wait_for, words
 
 from spin_ray.bench.chaos import NLL_TOLERANCE, WEIGHT_TOLERANCE, compare
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "spin.num_iterations=2", "data.max_prompts=320", "data.max_eval_prompts=64", "sampler.block_prompts=16", "sampler.temperature=0",
     "learner.batch_pairs=8", "learner.checkpoint_every_steps=5", "sampler.num_replicas=2",
@@ -56,11 +58,6 @@ class Job:
         near = found.pop("weight_difference") <= WEIGHT_TOLERANCE and found.pop("nll_difference") <= NLL_TOLERANCE
         assert near and not any(found.values()), found
         return said
-
-
-def where(cluster: Cluster, run: Path) -> dict[str, str]:
-    """Player -> address, from what each logged first."""
-    return {path.stem: path.read_text() for path in (run / "logs").glob("*.log")}
 
 
 def test_a_job_plays_over_all_hosts(cluster, undisturbed):

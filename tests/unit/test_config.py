@@ -1,6 +1,7 @@
 """Config: typos fail with the nearest right name, values are checked with their arithmetic, every shipped file loads."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -235,3 +236,18 @@ def test_lookahead_refuses_the_scorer_that_waits_for_all_blocks(minimal):
         else:
             with pytest.raises(BadInput, match=r"lookahead does not go with reference\.scorer=learner: blocks are played ahead"):
                 load_config(minimal, overrides)
+
+
+@pytest.mark.parametrize("given, complaint", [
+    ("0", "must be at least 1"), ("{min: 2, max: 1}", "min is larger than max"), ("{min: 1}", "give a number, or {min: 1, max: 8}"),
+    ("1.5", "must be at least 1, a whole number"), ("many", "must be at least 1, a whole number"), ("{min: 0, max: 3}", "must be at least 1"),
+])
+def test_a_number_of_replicas_that_cannot_be_meant(given, complaint):
+    with pytest.raises(BadInput, match=re.escape(complaint)):
+        load_config("conf/demo.yaml", [f"sampler.num_replicas={given}"])
+
+
+def test_a_number_of_replicas_or_two_bounds():
+    between, _ = load_config("conf/demo.yaml", ["sampler.num_replicas={min: 2, max: 5}"])
+    assert (between.sampler.fewest, between.sampler.most) == (2, 5)
+    assert load_config("conf/demo.yaml", [])[0].sampler.fewest == load_config("conf/demo.yaml", [])[0].sampler.most == 1

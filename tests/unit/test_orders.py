@@ -26,7 +26,7 @@ from spin_ray.background import in_background
 from spin_ray.config import load_config
 from spin_ray.errors import BadInput, Diverged, EngineFailed, Enough, RunStopped, WeightsLost
 from spin_ray.exchange.audit import FirstLossError
-from spin_ray.exchange.pairs import Played, PlayBlock, write_prompts
+from spin_ray.exchange.pairs import PlayBlock, Played, write_prompts
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner import group as learner_group
 from spin_ray.learner.coordinator import Base, Coordinator, DriverFailed, Failure

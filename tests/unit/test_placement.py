@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spin_ray.config import Config, DataConfig, LearnerConfig, ModelConfig, OverlapConfig, PlacementConfig, SamplerConfig
 from spin_ray.errors import BadInput
-from spin_ray.nodes import Node
+from spin_ray.nodes import DoNotFit, Node
 from spin_ray.placement import choose_hardware, learner_goes_first, play_processes
 
 
@@ -172,3 +172,26 @@ def test_what_fits_somehow_is_not_refused(gpus, replicas, wide, workers):
         assert not possible or not any(gpus)
     else:
         assert possible or not any(gpus)
+
+
+def test_where_nodes_may_still_come_nothing_is_too_small():
+    many = config(sampler=SamplerConfig(num_replicas=8, gpus_per_replica=1), learner=LearnerConfig(gpus_per_worker=1))
+    hardware = choose_hardware(many, hosts(0), may_grow=True)
+    assert hardware.device == "cuda" and not hardware.takes_turns
+    assert [(kind.who, kind.number) for kind in hardware.actors][:2] == [("sampler", 8), ("learner", 1)]
+    with pytest.raises(DoNotFit, match="0 GPU, this run needs 9 = 8 samplers × 1"):
+        choose_hardware(many, hosts(0))
+
+
+def test_players_do_not_land_on_cpus_because_the_gpus_are_not_there_yet():
+    with pytest.raises(BadInput, match="the cluster has no GPU yet, and nodes may still come: say whether"):
+        choose_hardware(config(), hosts(0), may_grow=True)
+    on_cpus = config(sampler=SamplerConfig(gpus_per_replica=0), learner=LearnerConfig(gpus_per_worker=0))
+    assert choose_hardware(on_cpus, hosts(0), may_grow=True).device == "cpu"
+    assert choose_hardware(config(), hosts(1), may_grow=True).takes_turns is False  # the second GPU may still come
+
+
+def test_room_is_asked_for_the_fewest_replicas_and_blocks_for_the_most():
+    between = choose_hardware(config(sampler=SamplerConfig(num_replicas={"min": 2, "max": 8})), hosts(4))
+    assert between.actors[0].number == 2
+    assert between.blocks_in_flight == choose_hardware(config(sampler=SamplerConfig(num_replicas=8)), hosts(9)).blocks_in_flight
