@@ -9,7 +9,9 @@ time. `generation-bound` is a job whose generation takes twice its training, to 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -34,7 +36,8 @@ from spin_ray.players import Players, as_placed
 from spin_ray.preflight import Proof
 from spin_ray.records import Prompt, Saved, Version
 from spin_ray.sampler.fake import FakeFleet, FakeSampler, FleetMember
-from spin_ray.sampler.pool import Limits, start_pool
+from spin_ray.sampler.pool import Fleet, Limits, start_pool
+from spin_ray.scaling import Rates, needed
 from spin_ray.selfplay import Prepared, SelfPlay
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -64,10 +67,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds-per-hour", type=float, default=4.0, help="what an hour of the paper's run takes here")
     parser.add_argument("--prompts", type=int, default=2048)
     parser.add_argument("--sizes", nargs="*", default=[f"{r}x{w}" for r, w in SIZES], help="replicas x workers, such as 64x8")
+    parser.add_argument("--find", action="store_true", help="only: let the policy find the number of replicas by itself")
     options = parser.parse_args(argv)
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
     cases = [Case("paper", *size) for size in sizes] + [Case("generation-bound", *size) for size in sizes if size[1] == 1]
     results = []
+    if options.find:
+        with tempfile.TemporaryDirectory(prefix="spin-ray-bench-") as folder:
+            found = find(Path(folder), seconds_per_hour=options.seconds_per_hour, num_prompts=options.prompts)
+        print_result({"found": found, "seconds_per_hour": options.seconds_per_hour})
+        return 0
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="spin-ray-bench-") as folder:
             results.append(measure(case, Path(folder), seconds_per_hour=options.seconds_per_hour, num_prompts=options.prompts))
@@ -86,9 +95,7 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     generation, trainings = HOURS[case.proportions]
     generation_s, training_s = generation * seconds_per_hour, [hours * seconds_per_hour for hours in trainings]
     config, _ = load_config("conf/demo.yaml", [
-        f"run.dir={folder}", "run.name=scale", "data.eval=''", "spin.num_iterations=2", "spin.num_epochs=2", "tracking.wandb.mode=disabled",
-        f"sampler.num_replicas={case.num_replicas}", f"learner.num_workers={case.num_workers}", "sampler.cpus_per_replica=0",
-        "learner.cpus_per_worker=0.01", "sampler.block_prompts=8", "sampler.max_num_seqs=8",
+        *_scale_keys(folder), f"sampler.num_replicas={case.num_replicas}", f"learner.num_workers={case.num_workers}",
     ])
     speed = num_prompts / generation_s / case.num_replicas * (1 + 1 / SCORES_PER_SAMPLE)  # sampling and scoring y (replay may) fill it
     rates = [2 * num_prompts * (1 + (t > 0)) / seconds for t, seconds in enumerate(training_s)]
@@ -104,6 +111,37 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
         "ideal_s": round(ideal, 2), "measured_s": round(measured, 2), "efficiency": round(ideal / measured, 4),
         "pairs_per_s": round(2 * num_prompts / measured, 1),
         "gain_over_sequential": round((2 * generation_s + sum(training_s)) / measured, 3),
+    }
+
+
+def _scale_keys(folder: Path) -> list[str]:
+    return [
+        f"run.dir={folder}", "run.name=scale", "data.eval=''", "spin.num_iterations=2", "spin.num_epochs=2", "tracking.wandb.mode=disabled",
+        "sampler.cpus_per_replica=0", "learner.cpus_per_worker=0.01", "sampler.block_prompts=8", "sampler.max_num_seqs=8",
+    ]
+
+
+FIND = 8
+"""Replicas that would play an iteration in the paper's time, where the policy is to find how many are needed."""
+
+
+def find(folder: Path, *, seconds_per_hour: float, num_prompts: int) -> dict[str, Any]:
+    """From one replica on, at most twelve: how many the policy takes in each of two iterations, beside how many keep up."""
+    generation, trainings = HOURS["paper"]
+    config, _ = load_config("conf/demo.yaml", [*_scale_keys(folder), "sampler.num_replicas={min: 1, max: 12}"])
+    speed = num_prompts / (generation * seconds_per_hour) / FIND * (1 + 1 / SCORES_PER_SAMPLE)
+    rates = [2 * num_prompts * (1 + (t > 0)) / (hours * seconds_per_hour) for t, hours in enumerate(trainings)]
+    run = RunDir.open(config)
+    os.environ["WANDB_MODE"] = "disabled"
+    with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
+        play(config, run, speed, rates, num_prompts)
+    changes = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines() if "sampler/num_replicas" in line]
+    windows = iteration_windows(read_spans(run.path))
+    true = Rates(speed / (1 + 1 / SCORES_PER_SAMPLE), speed * SCORES_PER_SAMPLE, rates[0])
+    return {
+        "needed": [round(needed(dataclasses.replace(true, trained=rates[t]), num_prompts, t * num_prompts), 2) for t in (0, 1)],
+        "found": [[change["sampler/num_replicas"] for change in changes if change["iteration"] == t] for t in (0, 1)],
+        "measured_s": round(windows[1][1] - windows[0][0], 1), "trained_s": round(sum(trainings) * seconds_per_hour, 1),
     }
 
 
@@ -139,15 +177,16 @@ def play(
     prompts = [Prompt(number, row[:40], row[40:]) for number, row in enumerate(ids)]
     prepared = Prepared(prompts, [], write_prompts(run, prompts, config.sampler.block_prompts))
     hardware = choose_hardware(config, nodes_of_cluster())
-    samplers = start_fakes(config.sampler.num_replicas, speed, costs)
+    samplers = start_fakes(config.sampler.fewest, speed, costs)
     ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs
-    pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs))
+    pool = start_pool(samplers, Version(0), Limits(config.sampler.max_num_seqs), FleetMember.end)
     make_player = functools.partial(
         make_fake_player, pairs_per_s=rates, weights_mib=weights_mib, rest_s=costs.rest_s, wake_s=costs.return_s
     )
     learner = Learner(config, hardware, saved=Saved(""), logs=run.logs, make_player=make_player)
     with Tracker(config, run.path) as tracker, open(os.devnull, "w") as nowhere:
-        thetas, terminal, players = thetas_of(config, run, facts), Terminal(nowhere), Players(pool, learner, hardware.takes_turns)
+        thetas, terminal, fleet = thetas_of(config, run, facts), Terminal(nowhere), Fleet(lambda _: start_fakes(1, speed, costs)[0])
+        players = Players(pool, learner, hardware.takes_turns, fleet)
         config = as_placed(config, hardware, terminal.say)
         SelfPlay(config, thetas, facts, prepared, hardware, players, Proof(), tracker, terminal, Interrupts()).play()
     learner.stop()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 
 import spin_ray.exchange.weights  # noqa: F401 - buckets are of its type: torch is loaded at the start, as in a real sampler
 from spin_ray.errors import EngineFailed, WrongVersion
@@ -120,6 +121,11 @@ class FleetMember:
     def __init__(self, fleet: Any, member: int):
         for verb in ("ready", "sample", "score", "play", "load", "sleep", "wake", "stuck_s"):
             setattr(self, verb, _Verb(fleet, member, verb))
+        self._fleet = fleet
+
+    def end(self) -> None:
+        """Its process, and with it the whole fleet."""
+        ray.kill(self._fleet)
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,9 @@ class Fleet:
         return [self._start(next(self._numbers)) for _ in range(count)]
 
 
-def start_pool(samplers: Sequence[Any], version: Version, limits: Limits) -> Any:
-    """A pool of sampler actors (with max_restarts=-1) that hold `version` whenever they start."""
-    pool = ray.remote(num_cpus=0, max_concurrency=100_000)(SamplerPool).remote(list(samplers), version, limits)
+def start_pool(samplers: Sequence[Any], version: Version, limits: Limits, end: Callable[[Any], None] = ray.kill) -> Any:
+    """A pool of sampler actors (with max_restarts=-1) that hold `version` whenever they start; `end` ends one for good."""
+    pool = ray.remote(num_cpus=0, max_concurrency=100_000)(SamplerPool).remote(list(samplers), version, limits, end=end)
     pool.start.remote()
     return pool
 
