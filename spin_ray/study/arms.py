@@ -79,7 +79,7 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in (
     _spin("spin", "SPIN", "spin.num_iterations=6", searched_with=SHORT),
     _spin("spin_nll", "SPIN, `nll_weight=1`", "spin.num_iterations=6", "spin.nll_weight=1.0", searched_with=SHORT),
     Arm("sft_5", "SFT, 5 epochs", (*SFT, "sft.num_epochs=5"), rate="sft.lr", curve="SFT"),
-    *(Arm(f"sft_{n}", f"SFT, {n} epochs", (*SFT, f"sft.num_epochs={n}"), rate="sft.lr", rate_of="sft_5", curve="SFT")
+    *(Arm(f"sft_{n}", f"SFT, {n} epoch{'s' * (n > 1)}", (*SFT, f"sft.num_epochs={n}"), rate="sft.lr", rate_of="sft_5", curve="SFT")
       for n in (1, 3, 7, 11)),
     _spin("epochs_7", "one iteration, 7 epochs", "spin.num_iterations=1", "spin.num_epochs=7", curve=ONE),
     *(_spin(f"epochs_{n}", f"one iteration, {n} epochs", "spin.num_iterations=1", f"spin.num_epochs={n}", rate_of="epochs_7", curve=ONE)
