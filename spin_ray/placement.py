@@ -145,6 +145,14 @@ def nodes_of_cluster() -> list[Node]:
     return [Node(node["NodeManagerAddress"], node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that nothing replaces: it is on the driver's node, so no other node's end is the run's."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)}
+
+
 def own_devices() -> Devices:
     """GPUs that Ray has given to this process."""
     import ray

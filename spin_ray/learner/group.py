@@ -24,7 +24,7 @@ from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base, Coordinator, Failure
 from spin_ray.learner.loop import WorkerArgs, make_main_player, run_worker
 from spin_ray.learner.messages import Saving, Stop
-from spin_ray.placement import Hardware
+from spin_ray.placement import Hardware, beside_driver
 from spin_ray.records import Pair, Saved
 from spin_ray.storage import DISK, Disk
 
@@ -42,7 +42,7 @@ class Learner:
     ):
         """`rollbacks`: those of the run's earlier sessions. `proof_pairs`: see preflight.py."""
         base = Base(saved, str(checkpoint) if checkpoint else None)
-        self.coordinator = ray.remote(num_cpus=0, max_concurrency=1_000)(Coordinator).remote(
+        self.coordinator = ray.remote(**beside_driver(), max_concurrency=1_000)(Coordinator).remote(
             base, max_restarts=config.learner.max_restarts, rollbacks=rollbacks, at_rest=hardware.takes_turns
         )
         self._args = WorkerArgs(

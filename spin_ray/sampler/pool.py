@@ -42,7 +42,7 @@ import ray
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config, at
 from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion, in_one_line
-from spin_ray.placement import Hardware
+from spin_ray.placement import Hardware, beside_driver
 from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
 from spin_ray.storage import DISK, Disk
@@ -100,7 +100,7 @@ class Fleet:
 
 def start_pool(samplers: Sequence[Any], version: Version, limits: Limits, end: Callable[[Any], None] = ray.kill) -> Any:
     """A pool of sampler actors (with max_restarts=-1) that hold `version` whenever they start; `end` ends one for good."""
-    pool = ray.remote(num_cpus=0, max_concurrency=100_000)(SamplerPool).remote(list(samplers), version, limits, end=end)
+    pool = ray.remote(**beside_driver(), max_concurrency=100_000)(SamplerPool).remote(list(samplers), version, limits, end=end)
     pool.start.remote()
     return pool
 
