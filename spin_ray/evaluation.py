@@ -61,7 +61,7 @@ def run_eval(config: Config) -> None:
             data.eval, data, facts.chat, seed=config.run.seed, limit=data.max_eval_prompts, split=data.eval_split or data.split
         )
         max_model_len = longest_sequence(prompts, config.sampler.max_new_tokens, facts)
-        with ray_cluster(config, learner=False) as hardware:
+        with ray_cluster(config, learner=False, say=lambda text: print(text, file=to_read)) as hardware:
             saved = facts.saved
             if config.model.quantization:
                 saved = Saved(str(RunDir(config.run_path).quantized_base()), saved.adapter)

@@ -114,11 +114,8 @@ class Opponent:
                     self._reporting.tracker.log("sampler", shares, iteration=t, opponent_version=t)
             self._reporting.played(block, played, path)
             if self._scaler:
-                whole = self._overlap.blocks(t)
-                new = sum(each.size for each in whole if not each.age)
-                self._scaler.played(
-                    played.num_pairs, replayed=bool(block.age), new_in_all=new, replayed_in_all=sum(each.size for each in whole) - new,
-                )
+                new, replayed = self._overlap.num_pairs(t)
+                self._scaler.played(played.num_pairs, replayed=bool(block.age), new_in_all=new, replayed_in_all=replayed)
 
     def _resize(self, difference: int, need: float) -> None:
         """So many samplers more, or fewer."""

@@ -70,9 +70,14 @@ class Overlap:
         order = new[:ahead] + replay + new[ahead:]
         return [replace(block, place=place) for place, block in enumerate(order)]
 
+    def num_pairs(self, t: int) -> tuple[int, int]:
+        """New and replayed pairs of iteration t."""
+        new = sum(self._sizes)
+        return new, new * len(self._method.replayed(t))
+
     def num_steps(self, t: int) -> int:
         """Optimizer steps of iteration t."""
-        return self._config.num_steps(sum(self._sizes) * (1 + len(self._method.replayed(t))), self._method.num_epochs(t))
+        return self._config.num_steps(sum(self.num_pairs(t)), self._method.num_epochs(t))
 
     def steps_before(self, t: int) -> int:
         """Optimizer steps of all iterations before t."""

@@ -71,12 +71,12 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
     cases = [Case("paper", *size) for size in sizes] + [Case("generation-bound", *size) for size in sizes if size[1] == 1]
-    results = []
     if options.find:
         with tempfile.TemporaryDirectory(prefix="spin-ray-bench-") as folder:
             found = find(Path(folder), seconds_per_hour=options.seconds_per_hour, num_prompts=options.prompts)
         print_result({"found": found, "seconds_per_hour": options.seconds_per_hour})
         return 0
+    results = []
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="spin-ray-bench-") as folder:
             results.append(measure(case, Path(folder), seconds_per_hour=options.seconds_per_hour, num_prompts=options.prompts))
@@ -94,17 +94,9 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     """Play two iterations; the efficiency is ideal over measured seconds, from the first play to the last step."""
     generation, trainings = HOURS[case.proportions]
     generation_s, training_s = generation * seconds_per_hour, [hours * seconds_per_hour for hours in trainings]
-    config, _ = load_config("conf/demo.yaml", [
-        *_scale_keys(folder), f"sampler.num_replicas={case.num_replicas}", f"learner.num_workers={case.num_workers}",
-    ])
-    speed = num_prompts / generation_s / case.num_replicas * (1 + 1 / SCORES_PER_SAMPLE)  # sampling and scoring y (replay may) fill it
-    rates = [2 * num_prompts * (1 + (t > 0)) / seconds for t, seconds in enumerate(training_s)]
-    run = RunDir.open(config)
-    os.environ["WANDB_MODE"] = "disabled"
-    with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
-        play(config, run, speed, rates, num_prompts)
-    windows = iteration_windows(read_spans(run.path))
-    measured = windows[1][1] - windows[0][0]
+    speed, rates = _speeds(num_prompts, generation_s, training_s, case.num_replicas)
+    keys = [f"sampler.num_replicas={case.num_replicas}", f"learner.num_workers={case.num_workers}"]
+    _, measured = _played(folder, keys, speed, rates, num_prompts)
     ideal = sum(max(generation_s, seconds) for seconds in training_s)
     return {
         "proportions": case.proportions, "num_replicas": case.num_replicas, "num_workers": case.num_workers,
@@ -114,11 +106,24 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     }
 
 
-def _scale_keys(folder: Path) -> list[str]:
-    return [
+def _speeds(num_prompts: int, generation_s: float, training_s: Sequence[float], num_replicas: int) -> tuple[float, list[float]]:
+    """Prompts per second of a replica, pairs per second of the main player in each iteration."""
+    speed = num_prompts / generation_s / num_replicas * (1 + 1 / SCORES_PER_SAMPLE)  # sampling and scoring y (replay may) fill it
+    return speed, [2 * num_prompts * (1 + (t > 0)) / seconds for t, seconds in enumerate(training_s)]
+
+
+def _played(folder: Path, keys: Sequence[str], speed: float, rates: Sequence[float], num_prompts: int) -> tuple[RunDir, float]:
+    """A run of two iterations, and the seconds from its first play to its last step."""
+    config, _ = load_config("conf/demo.yaml", [
         f"run.dir={folder}", "run.name=scale", "data.eval=''", "spin.num_iterations=2", "spin.num_epochs=2", "tracking.wandb.mode=disabled",
-        "sampler.cpus_per_replica=0", "learner.cpus_per_worker=0.01", "sampler.block_prompts=8", "sampler.max_num_seqs=8",
-    ]
+        "sampler.cpus_per_replica=0", "learner.cpus_per_worker=0.01", "sampler.block_prompts=8", "sampler.max_num_seqs=8", *keys,
+    ])
+    run = RunDir.open(config)
+    os.environ["WANDB_MODE"] = "disabled"
+    with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
+        play(config, run, speed, rates, num_prompts)
+    windows = iteration_windows(read_spans(run.path))
+    return run, windows[1][1] - windows[0][0]
 
 
 FIND = 8
@@ -128,20 +133,15 @@ FIND = 8
 def find(folder: Path, *, seconds_per_hour: float, num_prompts: int) -> dict[str, Any]:
     """From one replica on, at most twelve: how many the policy takes in each of two iterations, beside how many keep up."""
     generation, trainings = HOURS["paper"]
-    config, _ = load_config("conf/demo.yaml", [*_scale_keys(folder), "sampler.num_replicas={min: 1, max: 12}"])
-    speed = num_prompts / (generation * seconds_per_hour) / FIND * (1 + 1 / SCORES_PER_SAMPLE)
-    rates = [2 * num_prompts * (1 + (t > 0)) / (hours * seconds_per_hour) for t, hours in enumerate(trainings)]
-    run = RunDir.open(config)
-    os.environ["WANDB_MODE"] = "disabled"
-    with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
-        play(config, run, speed, rates, num_prompts)
+    training_s = [hours * seconds_per_hour for hours in trainings]
+    speed, rates = _speeds(num_prompts, generation * seconds_per_hour, training_s, FIND)
+    run, measured = _played(folder, ["sampler.num_replicas={min: 1, max: 12}"], speed, rates, num_prompts)
     changes = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines() if "sampler/num_replicas" in line]
-    windows = iteration_windows(read_spans(run.path))
     true = Rates(speed / (1 + 1 / SCORES_PER_SAMPLE), speed * SCORES_PER_SAMPLE, rates[0])
     return {
         "needed": [round(needed(dataclasses.replace(true, trained=rates[t]), num_prompts, t * num_prompts), 2) for t in (0, 1)],
         "found": [[change["sampler/num_replicas"] for change in changes if change["iteration"] == t] for t in (0, 1)],
-        "measured_s": round(windows[1][1] - windows[0][0], 1), "trained_s": round(sum(trainings) * seconds_per_hour, 1),
+        "measured_s": round(measured, 1), "trained_s": round(sum(training_s), 1),
     }
 
 

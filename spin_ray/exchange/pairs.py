@@ -205,7 +205,7 @@ class PlayBlock:
         table = to_table(await with_anchors(plan, block, pairs) if plan.anchored else pairs, PAIR_SCHEMA)
         check_logps(block, table)
         await asyncio.to_thread(write_table, path, table, storage)
-        return _checked(plan, block, await asyncio.to_thread(read_pairs, path))
+        return _checked(plan, block, table)
 
 
 async def sample_pairs(plan: PlayPlan, block: BlockSpec) -> list[Pair]:

@@ -153,7 +153,7 @@ class _Replica:
     leaving: bool = False
     """It gets no more work, and goes when it owes nothing."""
     needed: bool = True
-    """Whether the run must not go on without it; one that was added may find no place."""
+    """Whether it is started anew where it fails; one that was added is not before it is up: it may find no place."""
 
     @property
     def name(self) -> str:
@@ -453,7 +453,7 @@ class SamplerPool:
         """Have a broken replica join again; the first of its requests to fail sees to it."""
         if life != replica.lives:
             return
-        if replica.leaving or not (replica.needed or replica.joined):
+        if replica.leaving or not replica.needed:
             replica.leaving = True  # it goes in any case, or has found no place
             return
         replica.joined, replica.loading = False, False

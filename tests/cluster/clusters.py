@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from hosts import Host, Lab
+from watching import wait_for
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
@@ -21,18 +21,18 @@ START_S = 180.0
 class Cluster:
     """A head without CPUs of its own for anybody's actors, nodes that join it, and a desk from which jobs are submitted."""
 
-    def __init__(self, lab: Lab, *, head_cpus: int = 0):
+    def __init__(self, lab: Lab):
         self.lab, self._logs = lab, lab.shared / "logs"
         self._logs.mkdir(exist_ok=True)
         self._token = secrets.token_hex(32)
         self.desk, self.nodes = lab.host("desk"), {}
         self._bring_token(self.desk)
-        self.start_head(head_cpus)
+        self.start_head()
 
-    def start_head(self, cpus: int = 0, *more: str) -> None:
+    def start_head(self) -> None:
         self.head = self.lab.host("head")
         self._bring_token(self.head)
-        self._start(self.head, "--head", f"--num-cpus={cpus}", "--dashboard-host=0.0.0.0", *more)
+        self._start(self.head, "--head", "--num-cpus=0", "--dashboard-host=0.0.0.0")
 
     def join(self, name: str, *, cpus: int = 2, labels: dict[str, str] | None = None, clock_s: float = 0.0) -> Host:
         """A new host that joins; its clock may be off."""
@@ -69,13 +69,6 @@ def finished(job: subprocess.Popen, timeout_s: float = 900.0) -> str:
     output, _ = job.communicate(timeout=timeout_s)
     assert job.returncode == 0, f"exit code {job.returncode}: {output[-4000:]}"
     return output
-
-
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 600.0) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.1)
 
 
 def words(config: str, name: str, *more: str) -> Sequence[str]:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,13 +107,13 @@ class Lab:
     def _in_hub(self, *words: str) -> str:
         return _do("ip", "netns", "exec", self._hub, *words)
 
-    def cut(self, *hosts: Host) -> None:
-        """Between each two of these hosts nothing arrives any more; the rest of the network stays."""
-        for one, other in itertools.permutations(hosts, 2):
+    def cut(self, host: Host, *others: Host) -> None:
+        """Between the host and each of the others nothing arrives any more; the rest of the network stays."""
+        for one, other in _both_ways(host, others):
             _do("ip", "-n", one.namespace, "neigh", "replace", other.address, "lladdr", NOBODY, "nud", "permanent", "dev", INTERFACE)
 
-    def mend(self, *hosts: Host) -> None:
-        for one, other in itertools.permutations(hosts, 2):
+    def mend(self, host: Host, *others: Host) -> None:
+        for one, other in _both_ways(host, others):
             _do("ip", "-n", one.namespace, "neigh", "del", other.address, "dev", INTERFACE)
 
 
@@ -185,6 +186,10 @@ class Host:
 
     def sent_bytes(self) -> int:
         return int(self.run("cat", f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").stdout)
+
+
+def _both_ways(host: Host, others: Iterable[Host]) -> list[tuple[Host, Host]]:
+    return [way for other in others for way in ((host, other), (other, host))]
 
 
 def _shifted_clock(seconds: float) -> dict[str, str]:

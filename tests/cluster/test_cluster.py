@@ -1,12 +1,12 @@
 """A job over four hosts, and what may happen to them while it goes on. Each time it ends as if nothing had happened."""
 
-import json
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from clusters import LEARNS, PLAYS, Cluster, finished, wait_for, words
+from clusters import LEARNS, PLAYS, Cluster, finished, words
+from watching import steps, wait_for
 
 from spin_ray.bench.chaos import NLL_TOLERANCE, WEIGHT_TOLERANCE, compare
 
@@ -35,58 +35,43 @@ def undisturbed(cluster) -> Path:
 class Job:
     """A run that goes on, seen through what it marks in its directory."""
 
-    def __init__(self, cluster: Cluster, name: str, *more: str):
-        self._cluster, self.words, self.run = cluster, words("conf/demo.yaml", name, *SMALL, *more), cluster.lab.shared / "runs" / name
-        self.process: subprocess.Popen = cluster.submit(*self.words)
-
-    def records(self, file: str) -> list[dict]:
-        path = self.run / file
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    def __init__(self, cluster: Cluster, name: str):
+        self.run = cluster.lab.shared / "runs" / name
+        self.process: subprocess.Popen = cluster.submit(*words("conf/demo.yaml", name, *SMALL))
 
     def wait_for_step(self, iteration: int, step: int) -> None:
         def there() -> bool:
             assert self.process.poll() is None, self.process.stdout.read()[-4000:]
-            return any(r.get("iteration") == iteration and r.get("step", 0) >= step for r in self.records("metrics.jsonl") if "train/loss" in r)
+            return max(steps(self.run, iteration), default=-1) >= step
 
         wait_for(there, f"step {step} of iteration {iteration}")
 
-    def equals(self, undisturbed: Path) -> str:
-        """What it has said; as in the undisturbed run is every pair, once, and every model."""
-        said = finished(self.process)
+    def assert_equals(self, undisturbed: Path) -> None:
+        """As in the undisturbed run is every pair, once, and every model."""
+        finished(self.process)
         found = compare(undisturbed, self.run)
         near = found.pop("weight_difference") <= WEIGHT_TOLERANCE and found.pop("nll_difference") <= NLL_TOLERANCE
         assert near and not any(found.values()), found
-        return said
 
 
 def test_a_job_plays_over_all_hosts(cluster, undisturbed):
     assert (undisturbed / "iter_001/model/model.safetensors").is_file()
 
 
-def test_a_sampler_host_loses_power_and_another_joins(cluster, undisturbed):
-    job = Job(cluster, "power")
-    job.wait_for_step(0, 3)
-    cluster.nodes["play2"].power_cut()
-    cluster.join("play3", labels=PLAYS)
-    job.equals(undisturbed)
-
-
-def test_the_learners_host_loses_power(cluster, undisturbed):
-    job = Job(cluster, "learner")
-    job.wait_for_step(0, 12)
-    cluster.nodes["learn1"].power_cut()
-    cluster.join("learn2", labels=LEARNS)
-    job.equals(undisturbed)
+@pytest.mark.parametrize("role, step, lost, joins", [(PLAYS, 3, "play2", "play3"), (LEARNS, 12, "learn1", "learn2")])
+def test_a_host_loses_power_and_another_joins(cluster, undisturbed, role, step, lost, joins):
+    job = Job(cluster, lost)
+    job.wait_for_step(0, step)
+    cluster.nodes[lost].power_cut()
+    cluster.join(joins, labels=role)
+    job.assert_equals(undisturbed)
 
 
 def test_the_link_between_learner_and_samplers_is_cut_for_half_a_minute(cluster, undisturbed):
-    learner = cluster.nodes["learn2"]
+    hosts = [cluster.nodes[name] for name in ("learn2", "play1", "play3")]
     job = Job(cluster, "cut")
     job.wait_for_step(0, 3)
-    for sampler in (cluster.nodes["play1"], cluster.nodes["play3"]):
-        cluster.lab.cut(learner, sampler)
+    cluster.lab.cut(*hosts)
     time.sleep(30)
-    for sampler in (cluster.nodes["play1"], cluster.nodes["play3"]):
-        cluster.lab.mend(learner, sampler)
-    job.equals(undisturbed)
+    cluster.lab.mend(*hosts)
+    job.assert_equals(undisturbed)

@@ -4,7 +4,7 @@ import sys
 import time
 
 import pytest
-from clusters import wait_for
+from watching import wait_for
 
 ANSWERS = "import urllib.request; urllib.request.urlopen('http://{}:8000/', timeout=2).read()"
 

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from watching import records, steps, wait_for
 
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 320
@@ -36,20 +36,6 @@ def start(runs: Path, name: str, *program: str) -> subprocess.Popen:
     )
 
 
-def records(run: Path, file: str) -> list[dict]:
-    """All whole lines: the run may be writing the last one."""
-    path = run / file
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def wait_for(condition, what: str, timeout: float = 900) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < until, f"waited {timeout} s for {what}"
-        time.sleep(0.02)
-
-
 def kill(run: subprocess.Popen, title: str) -> None:
     """SIGKILL the process of the run that shows this title, or a call of that actor."""
     found = []
@@ -59,10 +45,6 @@ def kill(run: subprocess.Popen, title: str) -> None:
                 found.append(process)
     assert len(found) == 1, found
     found[0].kill()
-
-
-def steps(run: Path, iteration: int) -> list[int]:
-    return [r["step"] for r in records(run, "metrics.jsonl") if "train/loss" in r and r["iteration"] == iteration]
 
 
 def catches(run: subprocess.Popen, number: int) -> bool:

@@ -11,7 +11,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
-from test_faults import ROOT, kill, records, steps, wait_for
+from test_faults import ROOT, kill
+from watching import records, steps, wait_for
 
 NUM_PROMPTS = 160
 
