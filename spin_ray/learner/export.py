@@ -28,8 +28,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from spin_ray.errors import BadInput, in_one_line
 from spin_ray.exchange.weights import shapes_in
-from spin_ray.learner.names import FolderNames, Shapes, describe_export, export_layout
-from spin_ray.learner.streamed import StreamedFiles
+from spin_ray.learner.names import FolderNames, Shapes, export_layout, shapes_of
+from spin_ray.learner.streamed import StreamedFiles, not_writable
 from spin_ray.tokenizer import load_tokenizer, save_tokenizer
 
 CONFIG = "config.json"
@@ -125,7 +125,10 @@ def check_export_names(lm: PreTrainedModel, source: Path) -> list[str]:
     buffer that the folder lacks. What transformers leaves out of every model of this class (layers that predict further tokens)
     is returned as a line for the user. Raises BadInput for anything else.
     """
-    names, there, exported = FolderNames(lm), shapes_in(source), describe_export(lm)
+    layout = export_layout(lm)
+    if unknown := not_writable(layout):
+        raise BadInput(f"{source}: a trained model could not be saved: {unknown[0]}, which no safetensors file holds")
+    names, there, exported = FolderNames(lm), shapes_in(source), shapes_of(layout)
     there = _as_exported(there, exported, names.tied(), lm.base_model_prefix)
     gone = [name for name in there.keys() - exported.keys() if not _NO_PART_OF_THE_MODEL.search(name)]
     ignored = [name for name in gone if any(re.search(pattern, name) for pattern in lm._keys_to_ignore_on_load_unexpected or ())]

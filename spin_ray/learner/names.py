@@ -115,11 +115,6 @@ def _reverted(lm: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightCon
     return [each for each in turned if isinstance(each, WeightRenaming)], [each for each in turned if isinstance(each, WeightConverter)]
 
 
-def describe_export(lm: PreTrainedModel) -> Shapes:
-    """Name -> shape of every tensor that an export of `lm` has."""
-    return shapes_of(export_layout(lm))
-
-
 def export_layout(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Name -> every tensor that an export of `lm` has, on torch's meta device: so weights may be sharded or absent."""
     names = FolderNames(lm)

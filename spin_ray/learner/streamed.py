@@ -27,6 +27,11 @@ Layout = Mapping[str, torch.Tensor]
 """Name -> a tensor on torch's meta device, of the shape and dtype that is to be written."""
 
 
+def not_writable(layout: Layout) -> list[str]:
+    """Tensors of a dtype that the format has no word for, in words."""
+    return [f"{name} is {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in layout.items() if tensor.dtype not in _DTYPES]
+
+
 class StreamedFiles:
     """`model.safetensors`, or with an index several files of about `file_bytes`."""
 

@@ -96,8 +96,8 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in (
       for name in ("plain", "nll")),
     _spin("no_replay", "SPIN, no replay", "spin.replay=0", "spin.num_epochs=[1,2,2,2]", searched_with=(*SHORT, "spin.num_epochs=[1,2,2]")),
     _spin("lookahead", "SPIN, `overlap.mode=lookahead`", "overlap.mode=lookahead", rate_of="spin"),
-    Arm("smollm2_spin", "SPIN", rate="", config="conf/smollm2.yaml", judged=True),
-    Arm("smollm2_sft", "SFT", SFT, rate="", config="conf/smollm2.yaml", judged=True),
+    *(Arm(f"smollm2_{name}", says, (*settings, "data.max_prompts=128"), rate="", config="conf/smollm2.yaml", judged=True)
+      for name, says, settings in (("spin", "SPIN", ()), ("spin_nll", "SPIN, `nll_weight=1`", CURES["nll"][1]), ("sft", "SFT", SFT))),
 )}
 
 PARTS: dict[str, Part] = {part.name: part for part in (
@@ -107,5 +107,5 @@ PARTS: dict[str, Part] = {part.name: part for part in (
     Part("cures", "Where plain SPIN collapses, and what each cure saves", tuple(f"cure_{name}" for name in CURES), kind="grid"),
     Part("forecast", "Is the probe right?", ("probe_plain", "probe_nll"), kind="forecast"),
     Part("replay", "Replay on and off; does staleness cost quality?", ("spin", "no_replay", "lookahead")),
-    Part("real", "A real model and human dialogues", ("smollm2_spin", "smollm2_sft")),
+    Part("real", "A real model and human dialogues", ("smollm2_spin", "smollm2_spin_nll", "smollm2_sft")),
 )}

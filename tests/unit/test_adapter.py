@@ -18,7 +18,7 @@ from spin_ray.families import reason_to_refuse
 from spin_ray.learner.adapter import Adapter, check_of_model, first_adapter, linear_layers
 from spin_ray.learner.engine import load_model
 from spin_ray.learner.logps import PolicyLogps
-from spin_ray.learner.names import FolderNames, describe_export
+from spin_ray.learner.names import FolderNames, export_layout, shapes_of
 from spin_ray.learner.packing import pack
 from spin_ray.learner.proof import as_transformers_means_it, plain_logps
 from spin_ray.theta import _check_given
@@ -68,9 +68,9 @@ LEARNT = [family for family in [*FAMILIES, *COMPOSITE] if reason_to_refuse(tiny_
 def test_with_an_adapter_a_packed_row_gives_what_transformers_gives_for_merged_weights(family, tmp_path, make_pairs):
     model, folder = made(tmp_path, family)
     lm, pairs = load_model(str(model), dtype=torch.float32), make_pairs(3)
-    base, exported, tied = in_folder(lm), describe_export(lm), FolderNames(lm).tied()
+    base, exported, tied = in_folder(lm), shapes_of(export_layout(lm)), FolderNames(lm).tied()
     adapter = Adapter(lm, folder)
-    assert describe_export(lm) == exported and FolderNames(lm).tied() == tied
+    assert shapes_of(export_layout(lm)) == exported and FolderNames(lm).tied() == tied
     merged = in_folder(lm, adapter)
     assert sum(not torch.equal(merged[name], base[name]) for name in base) >= len(adapter.parameters) / 2
     policy = PolicyLogps(lm)

@@ -12,7 +12,7 @@ from spin_ray.ending import blank_model
 from spin_ray.errors import BadInput, RunStopped
 from spin_ray.exchange.weights import shapes_in
 from spin_ray.learner.export import check_export_names, write_model
-from spin_ray.learner.names import FolderNames, describe_export
+from spin_ray.learner.names import FolderNames, export_layout, shapes_of
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +44,13 @@ def test_an_export_is_the_folder_that_came_in_key_by_key(family, tmp_path):
     lm = load(source, family)
     write_model(lm, buckets_of(lm), ours, {}, file_bytes=200_000)
     lm.save_pretrained(theirs)
-    assert describe_export(lm) == shapes_in(source) == shapes_in(theirs) == shapes_in(ours)
+    assert shapes_of(export_layout(lm)) == shapes_in(source) == shapes_in(theirs) == shapes_in(ours)
     assert check_export_names(lm, source) == []
     came, left = tensors_in(source), tensors_in(ours)
     assert all(torch.equal(came[name], left[name]) for name in came)
     assert len(list(ours.glob("*.safetensors"))) > 1
     if family not in COMPOSITE:
-        assert describe_export(blank_model(str(source), tiny_config(family), trust_remote_code=False)) == shapes_in(source)
+        assert shapes_of(export_layout(blank_model(str(source), tiny_config(family), trust_remote_code=False))) == shapes_in(source)
 
 
 def test_a_plain_model_s_tensors_are_the_live_weights(tmp_path):
@@ -64,9 +64,9 @@ def test_experts_and_buffers_have_the_checkpoint_s_names():
     with torch.device("meta"):
         mixtral = AutoModelForCausalLM.from_config(tiny_config("mixtral"))
         deepseek = AutoModelForCausalLM.from_config(tiny_config("deepseek_v3"))
-    assert describe_export(mixtral)["model.layers.1.block_sparse_moe.experts.3.w2.weight"] == (128, 96)
-    assert describe_export(deepseek)["model.layers.1.mlp.gate.e_score_correction_bias"] == (4,)
-    assert describe_export(deepseek)["model.layers.1.mlp.experts.0.gate_proj.weight"] == (32, 128)
+    assert shapes_of(export_layout(mixtral))["model.layers.1.block_sparse_moe.experts.3.w2.weight"] == (128, 96)
+    assert shapes_of(export_layout(deepseek))["model.layers.1.mlp.gate.e_score_correction_bias"] == (4,)
+    assert shapes_of(export_layout(deepseek))["model.layers.1.mlp.experts.0.gate_proj.weight"] == (32, 128)
 
 
 def test_tied_names_are_the_folder_s_too(tmp_path):
@@ -82,6 +82,14 @@ def edited(folder, edit):
     from transformers import AutoConfig
 
     return check_export_names(blank_model(str(folder), AutoConfig.from_pretrained(folder), trust_remote_code=False), folder)
+
+
+def test_a_tensor_that_no_file_holds_is_refused_at_the_door(tmp_path):
+    save_tiny("llama", tmp_path)
+    lm = load(tmp_path)
+    lm.model.register_buffer("table", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(BadInput, match="could not be saved: model.table is complex64"):
+        check_export_names(lm, tmp_path)
 
 
 def drop(name):
