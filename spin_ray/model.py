@@ -14,7 +14,7 @@ from spin_ray.errors import BadInput
 from spin_ray.families import longest_exact, noise, reason_to_refuse, text_part
 from spin_ray.imports import without_gc
 from spin_ray.records import Prompt, Saved
-from spin_ray.tokenizer import load_tokenizer
+from spin_ray.tokenizer import load_tokenizer, read_template
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def inspect_model(config: Config) -> ModelFacts:
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise BadInput(f"model.path={path}: no *.safetensors in there; pickled weights (*.bin) may run code and are not loaded")
     refuse_unsupported(model, f"model.path={path}")
-    tokenizer, line = load_tokenizer(path, trust, config.model.chat_template)
+    tokenizer, line = load_tokenizer(path, trust, read_template(config.model.chat_template))
     text = text_part(model)
     chat = ChatFormat(
         tokenizer, name=f"model.path={path}", eos_ids=[i for i in eos_ids if i is not None], vocab_size=getattr(text, "vocab_size", None)

@@ -29,6 +29,7 @@ from spin_ray.model import ModelFacts
 from spin_ray.placement import Hardware
 from spin_ray.records import Pair, Prompt, real_only
 from spin_ray.sampler.families import sampler_refusal
+from spin_ray.tokenizer import read_template
 from spin_ray.tokenproof import prove_tokens
 
 FIRST_ROWS = 64
@@ -56,7 +57,7 @@ class Proof:
         """Raises BadInput for a model that could not be saved. `say` gets what the user should know of an export."""
         model = config.model
         with self._timed():
-            notes = check_end(facts.path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+            notes = check_end(facts.path, trust_remote_code=model.trust_remote_code, chat_template=read_template(model.chat_template))
             self._shown.append("end: config, tokenizer and tensor names can be saved")
         for note in filter(None, [facts.tokenizer_line, _about_noise(facts), *notes]):
             say(note)

@@ -16,7 +16,7 @@ _WORDS = "Hello there\nHello again"
 
 
 def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str = "") -> tuple[Any, str]:
-    """The tokenizer of a model folder or hub name, with the user's chat template, and a line to print ("" if there is none).
+    """The tokenizer of a model folder or hub name, with another chat template, if its text is given, and a line to print ("" if there is none).
 
     transformers chooses a class by `tokenizer_class` and may build another tokenizer than tokenizer.json says (a Llama
     tokenizer over a byte-level vocabulary loses every space). Then what the file says is loaded, and the line says so.
@@ -35,7 +35,7 @@ def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str = "") 
     tokenizer, line = _as_its_file_says(tokenizer, path, name)
     _refuse_lossy(tokenizer, name)
     if chat_template:
-        tokenizer.chat_template = read_template(chat_template)
+        tokenizer.chat_template = chat_template
     return tokenizer, line
 
 
@@ -45,7 +45,12 @@ def shipped_templates() -> dict[str, Path]:
 
 
 def read_template(chosen: str) -> str:
-    """The text of a chat template: of a file, or of a shipped one by its name. Raises BadInput if it is neither."""
+    """The text of a chat template: of a file, or of a shipped one by its name; "" for none. Raises BadInput if it is neither.
+
+    For the driver: what is computed elsewhere gets the text, not a path.
+    """
+    if not chosen:
+        return ""
     shipped = shipped_templates()
     file = shipped.get(chosen, Path(chosen).expanduser())
     try:

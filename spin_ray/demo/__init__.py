@@ -7,8 +7,11 @@ HERE = Path(__file__).parent
 
 
 def resolve(path: str) -> str:
-    """The path behind demo:NAME, or behind ~; any other path, or name on a hub, as it is."""
+    """The path behind demo:NAME or behind ~, absolute where something lies there: workers are in folders of their own. A name on a
+    hub as it is.
+    """
     if not path.startswith("demo:"):
-        return os.path.expanduser(path)
+        path = os.path.expanduser(path)
+        return os.path.abspath(path) if os.path.exists(path) else path
     name = path.removeprefix("demo:")
     return str(HERE / name if (HERE / name).is_dir() else HERE / f"{name}.jsonl")

@@ -57,7 +57,7 @@ class MainPlayer:
         self, saved: Saved, config: LearnerConfig, hardware: Hardware, *, trust_remote_code: bool = False, chat_template: str = "",
         proof_pairs: Sequence[Pair] = (), quantized: bool = False,
     ):
-        """`chat_template`: as in `model.chat_template`. `proof_pairs`: on these `proof` is computed; no pairs, no proof. `quantized`: the
+        """`chat_template`: as in `load_tokenizer`. `proof_pairs`: on these `proof` is computed; no pairs, no proof. `quantized`: the
         base is held in 4 bits.
         """
         self._config, self._hardware, model_path = config, hardware, saved.model

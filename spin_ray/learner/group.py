@@ -27,6 +27,7 @@ from spin_ray.learner.messages import Saving, Stop
 from spin_ray.placement import Hardware, beside_driver
 from spin_ray.records import Pair, Saved
 from spin_ray.storage import DISK, Disk
+from spin_ray.tokenizer import read_template
 
 
 class Learner:
@@ -47,7 +48,7 @@ class Learner:
         )
         self._args = WorkerArgs(
             coordinator=self.coordinator, config=config.learner, hardware=hardware, trust_remote_code=config.model.trust_remote_code,
-            chat_template=config.model.chat_template, quantized=bool(config.model.quantization),
+            chat_template=read_template(config.model.chat_template), quantized=bool(config.model.quantization),
             publish_adapter=bool(saved.adapter) and config.lora.sync == "adapter",
             seed=config.run.seed, log_dir=str(logs), storage=storage, make_player=make_player,
             proof_pairs=proof_pairs, rollback_lr_factor=config.guard.rollback_lr_factor,

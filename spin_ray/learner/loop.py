@@ -65,7 +65,7 @@ class WorkerArgs:
     make_player: Callable[[WorkerArgs, Base], Any]
     """Makes the worker's main player; not the real one only in measurements of what is around it."""
     chat_template: str = ""
-    """In place of the tokenizer's own, as in `model.chat_template`: exported with the model."""
+    """Text of one in place of the tokenizer's own: exported with the model."""
     quantized: bool = False
     """Hold the base in 4 bits."""
     publish_adapter: bool = False

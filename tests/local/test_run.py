@@ -268,12 +268,14 @@ def assert_models_are_alike(left, right):
 
 
 def test_own_model_and_data_lookahead_frozen_two_workers(tiny_model, tmp_path):
-    """A user's own JSONL and untied model; lookahead, references by a frozen copy, two ZeRO-3 workers."""
+    """A user's own JSONL, template and untied model, all by relative paths; lookahead, references by a frozen copy, two ZeRO-3 workers."""
+    model = os.path.relpath(tiny_model(tied=False))
+    template = os.path.relpath(shutil.copy(Path(model, "chat_template.jinja"), tmp_path / "own.jinja"))
     rows = [{"prompt": f"What is {k}?", "response": f"It is {k}."} for k in range(24)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = spin_ray(
-        "run", "conf/demo.yaml", f"run.dir={tmp_path}", "run.name=own", f"model.path={tiny_model(tied=False)}", f"data.train={tmp_path / 'own.jsonl'}",
-        "data.eval=''", "learner.num_workers=2", "learner.zero_stage=3", "learner.batch_pairs=8", "spin.num_iterations=2", "spin.num_epochs=2", "sampler.block_prompts=8",
+        "run", "conf/demo.yaml", f"run.dir={tmp_path}", "run.name=own", f"model.path={model}", f"model.chat_template={template}",
+        f"data.train={os.path.relpath(tmp_path / 'own.jsonl')}", "data.eval=''", "learner.num_workers=2", "learner.zero_stage=3", "learner.batch_pairs=8", "spin.num_iterations=2", "spin.num_epochs=2", "sampler.block_prompts=8",
         "overlap.mode=lookahead", "overlap.lookahead_fraction=0.3", "reference.scorer=frozen",
     )
     assert done.returncode == 0, done.stderr[-3000:]

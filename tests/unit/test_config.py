@@ -103,6 +103,9 @@ def test_all_keys_that_are_still_to_be_given_are_named_at_once(tmp_path, text, g
 def test_a_home_s_tilde_is_expanded_wherever_a_path_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/model") == f"{tmp_path}/model" and resolve("owner/name") == "owner/name" and resolve("~nobody-here/x") == "~nobody-here/x"
+    (tmp_path / "models/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("models/mine") == resolve("~/models/mine") == f"{tmp_path}/models/mine"  # a worker is in a folder of its own
     assert Config(run=RunConfig(dir="~/runs", name="a")).run_path == tmp_path / "runs/a"
     assert Config(run=RunConfig(dir="s3://bucket", scratch="~/big")).run_path.is_relative_to(tmp_path / "big")
 
