@@ -84,7 +84,7 @@ def choose_hardware(
             "learner.gpus_per_worker (0: they compute on CPUs)"
         )
     on_gpus = num_gpus > 0
-    num_replicas, num_workers = sampler.fewest * samplers, config.learner.num_workers * learner
+    num_replicas, num_workers = sampler.fewest * samplers, config.learner.fewest * learner
     sampler_gpus: float = sampler.tensor_parallel_size * on_gpus if sampler.gpus_per_replica is None else sampler.gpus_per_replica
     learner_gpus: float = config.learner.gpus_per_worker if config.learner.gpus_per_worker is not None else int(on_gpus)
     if sampler_gpus not in (0, sampler.tensor_parallel_size) or (sampler_gpus == 0 and sampler.tensor_parallel_size > 1):
@@ -93,6 +93,11 @@ def choose_hardware(
             "a replica takes as many GPUs as share its model"
         )
     takes_turns = samplers and learner and _takes_turns(config, num_gpus, sampler_gpus, learner_gpus, may_grow=may_grow)
+    if takes_turns and config.learner.fewest < config.learner.most:
+        raise BadInput(
+            f"learner.num_workers={config.learner.num_workers} does not go with players that take turns (placement.mode=shared): the samplers "
+            "would wait for devices that come and go; give one number"
+        )
     if takes_turns and sampler_gpus:
         sampler_gpus, learner_gpus = SAMPLER_SHARE, LEARNER_SHARE
     blocks_in_flight = 2 * sampler.most * samplers * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
@@ -143,6 +148,16 @@ def nodes_of_cluster() -> list[Node]:
     import ray
 
     return [Node(node["NodeManagerAddress"], node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def free_of_cluster() -> list[Node]:
+    """The same nodes with what no actor and no placement group holds."""
+    import ray
+
+    free = ray._private.state.state._available_resources_per_node()
+    return [
+        Node(node["NodeManagerAddress"], free.get(node["NodeID"], {}), node["Labels"]) for node in ray.nodes() if node["Alive"]
+    ]
 
 
 def beside_driver() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from spin_ray.background import Threads
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.exchange.pairs import Played, read_pairs
-from spin_ray.learner.messages import Proved, StepRecord, TrainReport
+from spin_ray.learner.messages import Grouped, Proved, StepRecord, TrainReport
 from spin_ray.manifest import RunDir
 from spin_ray.methods import Method
 from spin_ray.overlap import BlockSpec, Overlap
@@ -77,6 +77,11 @@ class Reporting:
     def proved(self, proved: Proved) -> None:
         """The learner's part of the proof at the door, which completes it."""
         self.terminal.say(self._proof.line(proved.facts, proved.seconds))
+
+    def grouped(self, grouped: Grouped) -> None:
+        """A group of the learner's workers begins, of a number that was chosen by what is free."""
+        self.terminal.say(f"main player  {grouped.num_workers} worker{'s' * (grouped.num_workers > 1)}")
+        self.tracker.log("learner", {"num_workers": grouped.num_workers})
 
     def spans(self, spans: Iterable[Span]) -> None:
         self._timeline.add(spans)

@@ -34,7 +34,7 @@ from spin_ray.guard import FirstLosses, Rollbacks
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base
 from spin_ray.learner.group import follow
-from spin_ray.learner.messages import Divergence, Proved, Saving, StepRecord, Train, TrainReport, first_losses
+from spin_ray.learner.messages import Divergence, Grouped, Proved, Saving, StepRecord, Train, TrainReport, first_losses
 from spin_ray.learner.reports import Reports
 from spin_ray.manifest import RunDir
 from spin_ray.methods import method_of
@@ -261,11 +261,13 @@ class SelfPlay:
         """What the learner has to answer at an iteration's border, where a new group of workers may train once more first."""
         return follow(self._learner, key, self._reports.arrived, self._interrupts, patience_s=math.inf)
 
-    def _act_on(self, report: StepRecord | Span | Saving | Divergence | Proved) -> None:
+    def _act_on(self, report: StepRecord | Span | Saving | Grouped | Divergence | Proved) -> None:
         """What the learner's workers report, when it is its turn."""
         match report:
             case Proved():
                 self._reporting.proved(report)
+            case Grouped():
+                self._reporting.grouped(report)
             case Span():
                 self._reporting.spans([report])
             case StepRecord():

@@ -29,6 +29,22 @@ def per_iteration(default: Any, *, above: float | None = None, least: float | No
     return field(default=default, metadata={_SCHEDULE: (above, least, whole)})
 
 
+def bounds(count: int | dict[str, int]) -> tuple[int, int]:
+    """The fewest and the most that a key with a number, or with {min: ..., max: ...}, allows."""
+    return (count["min"], count["max"]) if isinstance(count, dict) else (count, count)
+
+
+def check_bounds(key: str, count: Any) -> None:
+    """Raise BadInput for what is neither such a number nor such a mapping."""
+    if isinstance(count, dict) and count.keys() != {"min", "max"}:
+        raise BadInput(f"{key}={count}: give a number, or {{min: 1, max: 8}}")
+    fewest, most = bounds(count)
+    if not all(type(each) is int and each >= 1 for each in (fewest, most)):
+        raise BadInput(f"{key}={count}: must be at least 1, a whole number")
+    if fewest > most:
+        raise BadInput(f"{key}={count}: min is larger than max")
+
+
 _SCHEDULE = "schedule"
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from spin_ray.config.keys import at_least, one_of, within
+from spin_ray.config.keys import at_least, bounds, check_bounds, one_of, within
 from spin_ray.errors import BadInput
 
 
 @dataclass
 class LearnerConfig:
-    num_workers: int = at_least(1, 1)
-    """Ray Train workers of the main player."""
+    num_workers: Any = 1
+    """Ray Train workers of the main player; {min: 1, max: 8}: as many of these as there is room for, one after the other if need be."""
     gpus_per_worker: int | None = at_least(0, None)
     """None: 1 when the cluster has GPUs, else 0."""
     cpus_per_worker: float = at_least(0, 0.5)
@@ -43,12 +44,32 @@ class LearnerConfig:
     compile: bool = False
     """torch.compile the layers' norms and feed-forward blocks; the first steps take a minute longer."""
 
+    @property
+    def fewest(self) -> int:
+        return bounds(self.num_workers)[0]
+
+    @property
+    def most(self) -> int:
+        return bounds(self.num_workers)[1]
+
     def check(self) -> None:
+        check_bounds("learner.num_workers", self.num_workers)
         if self.offload_optimizer and self.zero_stage == 0:
             raise BadInput("learner.offload_optimizer=True needs learner.zero_stage 1, 2 or 3 (here 0): only ZeRO moves states to the CPU")
-        batch, workers = self.batch_pairs, self.num_workers
-        if batch % workers:
+        batch, workers = self.batch_pairs, self.most
+        if self.fewest < self.most:
+            self._check_elastic()
+        elif batch % workers:
             raise BadInput(
                 f"learner.batch_pairs={batch} does not divide by learner.num_workers={workers} "
                 f"({batch} = {batch // workers} × {workers} + {batch % workers})"
+            )
+
+    def _check_elastic(self) -> None:
+        if self.batch_pairs < self.most:
+            raise BadInput(f"learner.batch_pairs={self.batch_pairs}: fewer pairs than learner.num_workers={self.num_workers} has workers")
+        if self.optimizer == "adamw_8bit":
+            raise BadInput(
+                f"learner.num_workers={self.num_workers} does not go with learner.optimizer=adamw_8bit: its moments cannot be cut for another "
+                "number of workers; give one number, or another optimizer"
             )

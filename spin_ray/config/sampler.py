@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from spin_ray.config.keys import at_least, per_iteration, within
-from spin_ray.errors import BadInput
+from spin_ray.config.keys import at_least, bounds, check_bounds, per_iteration, within
 
 
 @dataclass
@@ -42,17 +41,11 @@ class SamplerConfig:
 
     @property
     def fewest(self) -> int:
-        return self.num_replicas["min"] if isinstance(self.num_replicas, dict) else self.num_replicas
+        return bounds(self.num_replicas)[0]
 
     @property
     def most(self) -> int:
-        return self.num_replicas["max"] if isinstance(self.num_replicas, dict) else self.num_replicas
+        return bounds(self.num_replicas)[1]
 
     def check(self) -> None:
-        given = self.num_replicas
-        if isinstance(given, dict) and given.keys() != {"min", "max"}:
-            raise BadInput(f"sampler.num_replicas={given}: give a number, or {{min: 1, max: 8}}")
-        if not all(type(count) is int and count >= 1 for count in (self.fewest, self.most)):
-            raise BadInput(f"sampler.num_replicas={given}: must be at least 1, a whole number")
-        if self.fewest > self.most:
-            raise BadInput(f"sampler.num_replicas={given}: min is larger than max")
+        check_bounds("sampler.num_replicas", self.num_replicas)

@@ -13,12 +13,12 @@ RESUME_MAY_CHANGE = (
     "preset", "tracking.", "run.dir", "run.scratch", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers",
     "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.gpu", "sampler.cpus_per_replica", "sampler.max_num_seqs",
     "sampler.request_timeout_s", "sampler.heartbeat_timeout_s", "sampler.max_restarts", "sampler.restart_window_s",
-    "learner.gpus_per_worker", "learner.cpus_per_worker", "sampler.label_selector",
+    "learner.num_workers", "learner.gpus_per_worker", "learner.cpus_per_worker", "sampler.label_selector",
     "learner.label_selector", "learner.pack_tokens", "learner.activation_checkpointing",
     "learner.checkpoint_every_steps", "learner.max_restarts", "learner.compile", "placement.", "cluster.",
 )
 """Keys that say where and on what a run is computed, how it is followed, kept and given up: not what it computes, but for float noise.
-Not among them: what DeepSpeed's checkpoints are cut by (learner.num_workers, zero_stage, offload_optimizer)."""
+Not among them: what DeepSpeed's checkpoints are made by (learner.zero_stage, offload_optimizer)."""
 
 
 def changes_result(key: str) -> bool:

@@ -33,6 +33,7 @@ from typing import Any
 import ray
 
 from spin_ray.errors import RunStopped
+from spin_ray.learner.messages import StepRecord, Wish
 from spin_ray.records import Saved, Version
 
 
@@ -82,6 +83,10 @@ class Coordinator:
         self._ending = False
         """... and whether the present one has yet to end for it."""
         self._interrupted = False
+        self._may_grow = False
+        """There is room for a larger group than the present one."""
+        self._training = -1
+        """The iteration of the last step that was heard of."""
         self._commands: dict[int, Any] = {}
         self._num_commands = 0
         self._results: dict[int | Version, Any] = {}
@@ -136,7 +141,7 @@ class Coordinator:
         """Called once by every new group of workers: where to start. Answers of an earlier group from there on no longer count."""
         async with self._changed:
             self._group += 1
-            self._results, self._ending = {}, False
+            self._results, self._ending, self._may_grow = {}, False, False
             self._changed.notify_all()
         return self._failure or Joined(self._base, self._group, self._rollbacks)
 
@@ -174,7 +179,7 @@ class Coordinator:
         return True
 
     async def group_ended(self, cause: str) -> None:
-        """Ray Train has lost a group of workers, and starts a new one: because it was rolled back, or because one of them died."""
+        """Ray Train has lost a group of workers, and starts a new one: it was rolled back, a larger one follows, or one of them died."""
         if self._ending:
             self._ending = False
             return
@@ -199,10 +204,21 @@ class Coordinator:
 
         return await self._wait(lambda: (iteration, start) in self._blocks, take)
 
-    async def log(self, record: Any) -> bool:
-        """Pass a StepRecord or a Span on to the driver; returns whether the driver wants the training to end."""
+    async def log(self, record: Any) -> Wish:
+        """Pass a StepRecord or a Span on to the driver; returns what is wanted of the workers."""
         self._records.append(record)
-        return self._interrupted
+        if isinstance(record, StepRecord):
+            self._training = record.iteration
+        at_base = self._training == self._base.iteration  # the progress of a later iteration would be lost with its theta
+        return Wish(self._interrupted, self._base.iteration if self._may_grow and at_base else None)
+
+    async def make_room(self) -> None:
+        """A larger group of workers would fit: let the present one end when its progress can be saved."""
+        self._may_grow = True
+
+    async def growing(self, group: int) -> None:
+        """This group's progress is saved, and it ends for a larger one: no death."""
+        self._ending = self._ending or group == self._group
 
     async def interrupt(self) -> None:
         """Ask the training under way to save its progress and end."""

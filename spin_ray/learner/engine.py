@@ -36,6 +36,7 @@ from spin_ray.learner.names import FolderNames, Group
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.learner.proof import NUM_PARAMETERS, TOLERANCES, Facts, compare
 from spin_ray.learner.quantized import adamw_8bit, plain, quantize, true_shape
+from spin_ray.learner.recut import Shards, optimizer_files, take_up
 from spin_ray.learner.resting import Resting
 from spin_ray.learner.sharded import read_in_shards
 from spin_ray.losses import GENERATED, REAL, LikelihoodObjective, PairLogps, PairObjective
@@ -44,6 +45,8 @@ from spin_ray.placement import Hardware
 from spin_ray.places import drop_left_build_locks
 from spin_ray.records import NUM_ANSWERS, NUM_PARTS, Pair, Saved
 
+_TAG = "state"
+"""DeepSpeed's folder in a checkpoint's."""
 _REMEDY = "put it back; or, if it is an iteration's progress, remove its folder to begin that iteration's training again"
 
 
@@ -135,11 +138,11 @@ class MainPlayer:
     def wait_for_all_ranks(self) -> None:
         dist.barrier()
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; a collective."""
-        found = torch.tensor([float(flag)], device=self.device)
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Of each flag whether it is set on any rank; a collective."""
+        found = torch.tensor(flags, dtype=torch.float32, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found.item())
+        return found.bool().tolist()
 
     def begin_iteration(self) -> None:
         """Forget the optimizer's moments: as in the paper, every iteration is a fresh fine-tuning from theta_t."""
@@ -392,14 +395,20 @@ class MainPlayer:
 
     def save_checkpoint(self, folder: Path) -> None:
         """DeepSpeed checkpoint, a file per rank: the fp32 master weights that a bf16 export does not hold. Without a frozen base."""
-        self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=self._adapter is not None)
+        self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=self._adapter is not None)
 
     def load_checkpoint(self, folder: Path, *, name: str = "") -> None:
-        """Take up a checkpoint, which the user knows by `name`. Raises BadInput, naming it, if it is damaged."""
+        """Take up a checkpoint, which the user knows by `name`, of any number of ranks. Raises BadInput, naming it, if it is damaged."""
         name = name or str(folder)
         self._engine.checkpoint_engine.load = _load_known_types
+        others = len(optimizer_files(folder / _TAG)) not in (0, self.world_size)
         try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=self._adapter is None)
+            shards = Shards(folder / _TAG, partial(_load_known_types, mmap=True)) if others else None
+            path = folder if others and self._sharded else self._engine.load_checkpoint(
+                str(folder), tag=_TAG, load_module_strict=self._adapter is None, load_module_only=others
+            )[0]
+            if shards:
+                take_up(self._engine, shards)
         except Exception as error:  # torch and DeepSpeed raise half a dozen unrelated types for a damaged file
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise BadInput(f"{name}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error
@@ -432,10 +441,10 @@ _IN_CHECKPOINTS = [fragment_address, LossScaler, ZeroStageEnum]
 """All that DeepSpeed pickles into its checkpoints besides tensors and Python's own types."""
 
 
-def _load_known_types(path: str, map_location: Any = None) -> Any:
+def _load_known_types(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
     """In place of DeepSpeed's `torch.load`, which runs whatever code a file names."""
     with torch.serialization.safe_globals(_IN_CHECKPOINTS):
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def _compile_layers(lm: torch.nn.Module) -> None:

@@ -42,8 +42,8 @@ class FakePlayer:
     def wait_for_all_ranks(self) -> None:
         dist.barrier()
 
-    def any_rank(self, flag: bool) -> bool:
-        return flag
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        return flags
 
     def rest(self) -> None:
         time.sleep(self._rest_s)

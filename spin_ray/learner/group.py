@@ -22,6 +22,7 @@ from spin_ray.config import Config
 from spin_ray.errors import in_one_line
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base, Coordinator, Failure
+from spin_ray.learner.elastic import ByWhatIsFree
 from spin_ray.learner.loop import WorkerArgs, make_main_player, run_worker
 from spin_ray.learner.messages import Saving, Stop
 from spin_ray.placement import Hardware, beside_driver
@@ -147,17 +148,21 @@ class Learner:
 
     def _new_trainer(self) -> ray.train.torch.TorchTrainer:
         config, hardware = self._args.config, self._args.hardware
+        elastic = config.fewest < config.most
+        scaling = ray.train.ScalingConfig(
+            num_workers=(config.fewest, config.most) if elastic else config.num_workers,
+            label_selector=dict(config.label_selector) or None, use_gpu=hardware.learner_gpus > 0,
+            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
+        )
         return _Trainer(
             run_worker,
             train_loop_config={"args": self._args},
             torch_config=ray.train.torch.TorchConfig(backend=hardware.torch_backend),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.num_workers, label_selector=dict(config.label_selector) or None, use_gpu=hardware.learner_gpus > 0,
-                resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
-            ),
+            scaling_config=scaling,
+            policy=ByWhatIsFree(scaling, self.coordinator, config.label_selector) if elastic else None,
             run_config=ray.train.RunConfig(
                 **self._args.storage.for_ray_train(self._ray_train.parent), name=self._ray_train.name,
-                failure_config=ray.train.FailureConfig(max_failures=self._max_failures),
+                failure_config=ray.train.FailureConfig(max_failures=-1 if elastic else self._max_failures),
                 callbacks=[_TellCoordinator(self.coordinator, self._args.log_dir)],
             ),
         )
@@ -166,7 +171,16 @@ class Learner:
 class _Trainer(ray.train.torch.TorchTrainer):
     """Ray Train's, without two processes. The one that frees a dead controller's resources asks the dashboard, and where none
     runs, as on one machine, it frees nothing and the end of `fit()` waits 12 s for it. The other one's datasets are not ours.
+
+    A number of workers that has bounds is decided by `policy`.
     """
+
+    def __init__(self, *parts: Any, policy: ByWhatIsFree | None, **more: Any):
+        super().__init__(*parts, **more)
+        self._policy = policy
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        return super()._initialize_and_run_controller(**(parts | ({"scaling_policy": self._policy} if self._policy else {})))
 
     def _create_default_callbacks(self) -> list[Any]:
         unwanted = PlacementGroupCleanerCallback, DatasetsCallback

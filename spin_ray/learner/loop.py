@@ -30,6 +30,7 @@ from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, un
 from spin_ray.learner.messages import (
     Count,
     Divergence,
+    Grouped,
     Proved,
     Publish,
     Rest,
@@ -41,6 +42,7 @@ from spin_ray.learner.messages import (
     Stop,
     Train,
     TrainReport,
+    Wish,
 )
 from spin_ray.placement import Hardware, own_devices
 from spin_ray.records import Devices, Pair, PublishedWeights, Saved, Span, Version, opponent_reference
@@ -153,6 +155,10 @@ def _of_all_ranks(own: Devices) -> Devices:
     return tuple(itertools.chain.from_iterable(found))
 
 
+class Grows(Exception):
+    """Ends a group of workers that is to be larger: Ray Train starts it, and it takes up the progress."""
+
+
 class RolledBack(Exception):
     """Ends a group of workers whose weights are spoilt: Ray Train starts a new one, which joins at theta_t."""
 
@@ -179,12 +185,16 @@ class Worker:
         self._at_base = True
         """Whether the next training is the base's, which earlier groups may have begun."""
         self._logged: list[Any] = []
-        self._interrupted = False
+        self._wish = Wish()
         self._steps_saved = 0
         """Optimizer steps of the progress that is saved, 0 if none is."""
 
     def serve(self) -> None:
         """Carry out the commands from the base's first one on, until a `Stop`."""
+        import torch.distributed as dist
+
+        if self._args.config.fewest < self._args.config.most:
+            self._log(Grouped(dist.get_world_size()))
         number = self._joined.base.first_command
         while not isinstance(command := self._command(number), Stop):
             if isinstance(command, Rest):
@@ -270,10 +280,12 @@ class Worker:
                 **metrics, **staleness(pairs), **answer_facts(pairs), "lr": lr, "pairs_per_s": len(batch) / seconds,
                 "tokens_per_s": metrics["num_tokens"] / seconds, "waited_s": feed.waited_s,
             }, self._joined.group))
-            interrupted = self._player.any_rank(self._interrupted)
+            interrupted, grows = self._player.any_rank(self._wish.end, self._wish.grow_in == command.iteration)
             due = config.checkpoint_every_steps and count.steps % config.checkpoint_every_steps == 0
-            if command.progress_path and count.steps < total_steps and (due or interrupted):
+            if command.progress_path and count.steps < total_steps and (due or interrupted or grows):
                 self._save_progress(command, count)
+                if grows and not interrupted:
+                    self._make_way()
             if interrupted and count.steps < total_steps:
                 kept = "the same command goes on" if command.progress_path else "the same command starts again"
                 raise Interrupted(f"interrupted after step {step + 1} of {total_steps} of iteration {command.iteration}; {kept}")
@@ -312,6 +324,13 @@ class Worker:
         self._log(divergence)
         unwrapped(self._coordinator.rolled_back.remote(divergence.group))
         raise RolledBack(str(divergence.error))
+
+    def _make_way(self) -> NoReturn:
+        """End, for a larger group of workers that goes on from the progress."""
+        if self._player.rank == 0:
+            ray.get([*self._logged, self._coordinator.growing.remote(self._joined.group)])
+        self.wait_for_all_ranks()
+        raise Grows(f"{self._player.world_size} workers make way for more")
 
     def _save_progress(self, command: Train, count: Count) -> None:
         """Save the player as it is. `count.json` says which folder is believed: a save that is cut short changes nothing."""
@@ -369,7 +388,8 @@ class Worker:
 
     def _log(self, record: Any) -> None:
         if self._player.rank == 0:
-            self._interrupted |= any(ray.get(self._logged))  # has long arrived; sent before it, the next one could overtake the last
+            for wish in ray.get(self._logged):  # has long arrived; sent before it, the next one could overtake the last
+                self._wish = wish
             self._logged = [self._coordinator.log.remote(record)]
 
     def _log_span(self, activity: str, begin: float, end: float) -> None:

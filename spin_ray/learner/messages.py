@@ -38,6 +38,23 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Wish:
+    """What a worker hears when it logs something."""
+
+    end: bool = False
+    """Save the progress and end: the user interrupts."""
+    grow_in: int | None = None
+    """Save the progress of this iteration's training and end: there is room for a larger group of workers, which goes on from it."""
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """What the driver hears when a group of workers begins whose number may change."""
+
+    num_workers: int
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """What the driver hears of each optimizer step."""
 

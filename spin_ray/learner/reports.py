@@ -9,7 +9,7 @@ begun, or gone bad, before theta_{t+1} is audited; a group of workers may die, a
 
 | report | handed on |
 |---|---|
-| Span, Saving | at once: the time was spent, whatever became of the work |
+| Span, Saving, Grouped | at once: the time was spent, whatever became of the work |
 | StepRecord, Divergence of iteration t | when theta_t stands: audited, on disk, marked, and the base of every later group |
 | the same from a group that died, or was rolled back, before theta_t stood | never: its theta_t is lost, another group's stands |
 | the same from a group that a newer one has been heard of | never |
@@ -22,21 +22,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spin_ray.learner.messages import Divergence, Proved, Saving, StepRecord
+from spin_ray.learner.messages import Divergence, Grouped, Proved, Saving, StepRecord
 from spin_ray.records import Span
 
 
 class Reports:
     """Holds back what must wait; `hand_on` gets the rest, each report once."""
 
-    def __init__(self, hand_on: Callable[[StepRecord | Span | Saving | Divergence | Proved], None]):
+    def __init__(self, hand_on: Callable[[StepRecord | Span | Saving | Grouped | Divergence | Proved], None]):
         self._hand_on = hand_on
         self._made_by: dict[int, int] = {}
         """Iteration t whose theta_t stands -> number of the group that made it."""
         self._held: list[StepRecord | Divergence] = []
         self._newest_group = 0
 
-    def arrived(self, report: StepRecord | Span | Saving | Divergence | Proved) -> None:
+    def arrived(self, report: StepRecord | Span | Saving | Grouped | Divergence | Proved) -> None:
         if not isinstance(report, StepRecord | Divergence):
             self._hand_on(report)
         elif report.group >= self._newest_group:

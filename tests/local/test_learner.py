@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launched import run_ranks
 from ranks import SETUPS, batch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,29 +26,10 @@ from spin_ray.records import opponent_reference
 STAGES = (0, 2, 3)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_ranks(model: Path | str, out: Path, world_size: int, optimizer: str, setups: tuple = STAGES, *, read: bool = True) -> dict[int | str, dict]:
+def steps_of_ranks(model: Path | str, out: Path, world_size: int, optimizer: str, setups: tuple = STAGES, *, read: bool = True) -> dict[int | str, dict]:
     """Run ranks.py on `world_size` processes under every setup; returns what rank 0 wrote."""
     out.mkdir()
-    common = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-              "WORLD_SIZE": str(world_size)}
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), str(model), str(out), optimizer, *map(str, setups)]
-    logs = [(out / f"rank_{rank}.log").open("w") for rank in range(world_size)]
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [rank.wait(timeout=1800) for rank in ranks]  # a hung collective ends here
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * world_size, [(out / f"rank_{rank}.log").read_text()[-3000:] for rank, code in enumerate(codes) if code]
+    run_ranks("ranks.py", model, out, optimizer, *setups, world_size=world_size, logs=out)
     return written(out, setups) if read else {}
 
 
@@ -60,7 +39,7 @@ def written(out: Path, setups: tuple) -> dict[int | str, dict]:
 
 @pytest.fixture(scope="module")
 def one_worker(tiny_model, tmp_path_factory):
-    return run_ranks(tiny_model(tied=True), tmp_path_factory.mktemp("one") / "out", 1, "adamw", (*STAGES, 1, *SETUPS))
+    return steps_of_ranks(tiny_model(tied=True), tmp_path_factory.mktemp("one") / "out", 1, "adamw", (*STAGES, 1, *SETUPS))
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +182,7 @@ def test_families_that_the_learner_would_get_wrong_are_refused():
 
 
 def test_two_workers_equal_one(one_worker, tiny_model, tmp_path):
-    two = run_ranks(tiny_model(tied=True), tmp_path / "out", 2, "adamw")
+    two = steps_of_ranks(tiny_model(tied=True), tmp_path / "out", 2, "adamw")
     for stage in STAGES:
         close(one_worker[stage], two[stage])
         check_scores(two[stage])
@@ -224,7 +203,7 @@ def mixture(tmp_path_factory):
 
 @pytest.mark.parametrize(("world_size", "stages"), [(1, (0, 1, 2, 3)), (2, (3,))])
 def test_what_leaves_the_learner_has_the_folder_s_names_shapes_and_buffers(mixture, tmp_path, world_size, stages):
-    found, source = run_ranks(mixture, tmp_path / "out", world_size, "adamw", stages), shapes_in(mixture)
+    found, source = steps_of_ranks(mixture, tmp_path / "out", world_size, "adamw", stages), shapes_in(mixture)
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     for stage in stages:
         exported, published = tmp_path / "out" / f"model_{stage}", found[stage]["weights"]
@@ -242,14 +221,14 @@ FAMILIES = ("gpt2", "gemma2", "phi", "qwen2_5_vl")
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    """{family: what run_ranks found} and the models' folder."""
+    """{family: what steps_of_ranks found} and the models' folder."""
     folder, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("families") / "out"
     for family in FAMILIES:
         save_tiny(family, folder / family)
         AutoTokenizer.from_pretrained(resolve("demo:base")).save_pretrained(folder / family)
     setups = (0, 3, "checkpointed")
     out.mkdir()
-    run_ranks(os.pathsep.join(str(folder / family) for family in FAMILIES), out / "all", 1, "adamw", setups, read=False)
+    steps_of_ranks(os.pathsep.join(str(folder / family) for family in FAMILIES), out / "all", 1, "adamw", setups, read=False)
     return {family: written(out / "all" / family, setups) for family in FAMILIES}, folder
 
 
@@ -271,7 +250,7 @@ def test_other_families_train_alike_sharded_and_checkpointed(families, family):
 
 
 def test_rmsprop_runs_under_every_stage(tiny_model, tmp_path):
-    found = run_ranks(tiny_model(tied=False), tmp_path / "out", 1, "rmsprop")
+    found = steps_of_ranks(tiny_model(tied=False), tmp_path / "out", 1, "rmsprop")
     for stage in (2, 3):
         close(found[0], found[stage])
     assert found[0]["tied"] == {}
@@ -279,7 +258,7 @@ def test_rmsprop_runs_under_every_stage(tiny_model, tmp_path):
 
 def test_moments_in_8_bits_train_as_in_32_under_every_setup(tiny_model, tmp_path):
     model, setups = tiny_model(tied=False), (0, 2, 3, "offload_2", "bfloat16")
-    whole, found = (run_ranks(model, tmp_path / name, 1, name, setups) for name in ("adamw", "adamw_8bit"))
+    whole, found = (steps_of_ranks(model, tmp_path / name, 1, name, setups) for name in ("adamw", "adamw_8bit"))
     for setup in setups:
         eight, full = found[setup], whole[setup]
         assert [step["loss"] for step in eight["steps"]] == pytest.approx([step["loss"] for step in full["steps"]], rel=0.02)

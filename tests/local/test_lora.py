@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_learner import plain_steps, run_ranks
+from test_learner import plain_steps, steps_of_ranks
 from test_run import SMALL, manifest, metrics, spin_ray
 from test_sampler import PROMPT, SAMPLED, no_process_group_is_left, transformers_logps  # noqa: F401
 from transformers import AutoModelForCausalLM
@@ -59,7 +59,7 @@ def base(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
-    return {size: (run_ranks("@".join(map(str, base)), out / str(size), size, "adamw", SETUPS if size == 1 else (0, 2, 3)), out / str(size)) for size in (1, 2)}
+    return {size: (steps_of_ranks("@".join(map(str, base)), out / str(size), size, "adamw", SETUPS if size == 1 else (0, 2, 3)), out / str(size)) for size in (1, 2)}
 
 
 def test_the_main_player_trains_the_adapter_as_plain_torch_does(base, ranks):

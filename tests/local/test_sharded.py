@@ -1,12 +1,9 @@
 """A model read in shards is the model of its folder, bit by bit, for every family that the learner trains; no rank holds a whole tensor of it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from launched import run_ranks
 from safetensors.torch import load_file, save_file
 
 from spin_ray.bench.tiny import COMPOSITE, FAMILIES, save_tiny, tiny_config
@@ -32,19 +29,8 @@ def found(tmp_path_factory):
         save_tiny(family, folder / family)
     with_head(folder / "tied-twice", equal=True)
     with_head(folder / "tied-in-the-config-alone", equal=False)
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    command = [sys.executable, str(Path(__file__).parent / "sharded_ranks.py"), str(folder)]
-    logs = [(folder / f"log_{rank}").open("w") for rank in range(2)]
-    ranks = [
-        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [rank.wait(timeout=1200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], [(folder / f"log_{rank}").read_text()[-3000:] for rank in range(2)]
+    (logs := folder.with_name("logs")).mkdir()
+    run_ranks("sharded_ranks.py", folder, world_size=2, logs=logs)
     return [json.loads((folder / f"found_{rank}.json").read_text()) for rank in range(2)]
 
 

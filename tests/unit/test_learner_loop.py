@@ -15,8 +15,8 @@ from spin_ray.errors import Diverged, RunStopped
 from spin_ray.exchange.pairs import Given
 from spin_ray.learner.batches import batches, learning_rate
 from spin_ray.learner.coordinator import Base, Coordinator, Failure, Joined
-from spin_ray.learner.loop import RolledBack, Worker, check_numbers, staleness
-from spin_ray.learner.messages import Count, Train
+from spin_ray.learner.loop import Grows, RolledBack, Worker, check_numbers, staleness
+from spin_ray.learner.messages import Count, StepRecord, Train, Wish
 from spin_ray.losses import PairObjective
 from spin_ray.records import Saved, Span, Version, opponent_reference
 from spin_ray.storage import DISK
@@ -263,13 +263,35 @@ def test_a_rolled_back_group_ends_and_is_no_death():
     run_async(scenario)
 
 
+def test_a_group_makes_way_for_a_larger_one_only_where_its_progress_counts_and_that_is_no_death():
+    async def scenario():
+        box = Coordinator(BASE)
+        await box.join()
+        step = StepRecord(0, 3, 10, {})
+        assert await box.log(step) == Wish()
+        await box.make_room()
+        assert await box.log(step) == await box.log("a span") == Wish(grow_in=0)
+        assert await box.log(StepRecord(1, 0, 10, {})) == Wish()  # theta_1 is not the base yet: its training would be lost
+        assert await box.move_base(Base(Saved("theta_1"), None, 4, iteration=1), group=1)
+        assert await box.log(StepRecord(1, 1, 10, {})) == Wish(grow_in=1)
+        await box.growing(0)  # news from a group that is gone
+        await box.growing(1)
+        await box.group_ended("rank 0: Grows")
+        await box.join()
+        assert await box.log(StepRecord(1, 2, 10, {})) == Wish() and box._failure is None
+        await box.group_ended("rank 0: killed")
+        assert isinstance(await box.failure(), Failure)  # no restart is allowed here
+
+    run_async(scenario)
+
+
 def test_no_record_is_sent_before_the_last_one_has_arrived(monkeypatch):
     """Ray may carry out two calls of one caller to an async actor in either order: the driver heard of step 2 before step 1."""
     seen = []
 
     def arrives(references):
         seen.extend(f"{reference} arrived" for reference in references)
-        return [False for _ in references]
+        return [Wish() for _ in references]
 
     monkeypatch.setattr("spin_ray.learner.loop.ray.get", arrives)
     log = SimpleNamespace(remote=lambda record: seen.append(f"{record} sent") or record)
@@ -282,10 +304,13 @@ def test_no_record_is_sent_before_the_last_one_has_arrived(monkeypatch):
 class RecordingPlayer:
     """The verbs that training needs; its numbers go bad at a learning rate of 1."""
 
-    rank = 0
+    rank, world_size = 0, 1
 
     def __init__(self):
         self.calls, self.lrs = [], []
+
+    def wait_for_all_ranks(self):
+        pass
 
     def begin_iteration(self):
         self.calls.append("begin")
@@ -293,8 +318,8 @@ class RecordingPlayer:
     def load_checkpoint(self, folder, *, name):
         self.calls.append(folder.name)
 
-    def any_rank(self, flag):
-        return flag
+    def any_rank(self, *flags):
+        return flags
 
     def step(self, pairs, references, *, objective, lr):
         self.lrs.append(lr)
@@ -304,9 +329,10 @@ class RecordingPlayer:
 class Mailbox:
     """The coordinator as a worker sees it, in this process: all blocks are there, every divergence is rolled back."""
 
-    def __init__(self, blocks):
+    def __init__(self, blocks, wishes):
         self.records = []
-        self.log = self._method(self.records.append)
+        self.log = self._method(lambda record: self.records.append(record) or wishes.get(len(self.records), Wish()))
+        self.growing = self._method(lambda group: self.records.append(f"group {group} grows"))
         self.blocks = self._method(lambda iteration, start: blocks[start:])
         self.rolled_back = self._method(lambda group: None)
 
@@ -317,15 +343,13 @@ class Mailbox:
 @pytest.fixture
 def trained(monkeypatch, make_pairs, tmp_path):
     """trained(rollbacks, progress) -> player, records: the training of one iteration, as the group after so many rollbacks does it."""
-    monkeypatch.setattr("spin_ray.learner.loop.ray.get", lambda value: [bool(v) for v in value] if isinstance(value, list) else value)
-    monkeypatch.setattr("spin_ray.learner.batches.ray.get", lambda value: value)
-    monkeypatch.setattr("spin_ray.learner.coordinator.ray.get", lambda value: value)
+    monkeypatch.setattr("ray.get", lambda value: value)
 
-    def train(rollbacks, progress, **more):
+    def train(rollbacks, progress, wishes={}, **more):
         given = [Given(tuple(make_pairs(4, seed=block))) for block in range(5)]
         (tmp_path / "progress").mkdir(exist_ok=True)
         (tmp_path / "progress/count.json").write_text(json.dumps(dataclasses.asdict(progress)))
-        mailbox, player = Mailbox(given), RecordingPlayer()
+        mailbox, player = Mailbox(given, wishes), RecordingPlayer()
         config = LearnerConfig(batch_pairs=4, warmup_fraction=0.5)
         args = SimpleNamespace(coordinator=mailbox, config=config, seed=0, log_dir="logs", storage=DISK, rollback_lr_factor=0.5)
         command = dataclasses.replace(command_of_five, progress_path=str(tmp_path / "progress"), **more)
@@ -333,6 +357,8 @@ def trained(monkeypatch, make_pairs, tmp_path):
             player.report = Worker(player, args, Joined(BASE, 7, rollbacks)).carry_out(command)
         except RolledBack:
             player.calls.append("rolled back")
+        except Grows:
+            player.calls.append("ended")
         return player, [record for record in mailbox.records if not isinstance(record, Span)]
 
     command_of_five = dataclasses.replace(command([4] * 5, epochs=1), num_steps=5, lr=2.0)
@@ -349,6 +375,15 @@ def test_a_divergence_ends_the_group_and_the_next_one_trains_with_a_lower_lr_fro
     assert [record.step for record in records] == [0, 1, 2, 3, 4]
     player, _ = trained(2, Count(steps=3, rollbacks=2))
     assert player.calls == ["begin", "step_3"] and len(player.lrs) == 2
+
+
+@pytest.mark.parametrize(("grow_in", "then"), [(1, ["begin", "step_1", "save", "ended"]), (0, ["begin", "step_1"])])
+def test_a_group_saves_its_progress_and_ends_for_a_larger_one(trained, monkeypatch, grow_in, then):
+    monkeypatch.setattr(Worker, "_save_progress", lambda worker, command, count: worker._player.calls.append("save") or worker._log(f"saved {count.steps}"))
+    player, records = trained(0, Count(steps=1), {1: Wish(grow_in=grow_in)}, lr=0.5)
+    assert player.calls == then
+    if "ended" in then:
+        assert [record if isinstance(record, str) else record.step for record in records] == [1, 2, "saved 3", "group 7 grows"]
 
 
 def test_a_try_ends_where_its_numbers_go_bad_and_the_group_goes_on(trained):

@@ -1,0 +1,149 @@
+"""A ZeRO checkpoint that another number of ranks wrote, taken up: every rank picks its part of master weights and moments from their files.
+
+DeepSpeed's own way (`ds_to_universal`) knows no moments but Adam's, writes all of it anew, and runs what a file's pickle names. Where each
+parameter's elements lie is told by the files, and for the ranks that take them up by DeepSpeed's optimizer:
+
+| ZeRO | a rank's flat tensors have, one parameter behind the other |
+|---|---|
+| 1, 2 | what lies between the rank's ends of all parameters in a line, so of a parameter anything from nothing to all |
+| 3 | an equal part of each parameter, the last rank's padded |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+_GROUPS_AND_FLATS = (
+    ("fp16_groups", "fp32_partitioned_groups_flat"), ("bit16_groups", "single_partition_of_fp32_groups"),
+    ("bf16_groups", "fp32_groups_flat_partition"),
+)
+"""What DeepSpeed's three optimizers call their groups of parameters and this rank's flat masters of each: ZeRO-3, ZeRO-1 and 2, bfloat16."""
+MASTERS = "masters"
+"""Our key of the fp32 weights, beside the optimizer's keys of its moments."""
+
+Load = Callable[[Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of a parameter in a rank's flat tensor."""
+
+    name: str
+    begin: int
+    """Of the parameter, flat."""
+    count: int
+    group: int
+    """Of parameters that are flat together."""
+    place: int
+    """In the group's flat tensor."""
+
+
+def optimizer_files(folder: Path) -> list[Path]:
+    """Of a checkpoint's folder, by rank; none without ZeRO."""
+    return sorted(folder.glob("*_optim_states.pt"), key=lambda path: int(path.name.split("pp_rank_")[1].split("_")[0]))
+
+
+class Shards:
+    """The files of all ranks as if each parameter lay in one piece.
+
+    Raises ValueError where a rank's file is missing, and for moments in 8 bits, whose blocks would be cut.
+    """
+
+    def __init__(self, folder: Path, load: Load):
+        self._ranks = [load(path)["optimizer_state_dict"] for path in optimizer_files(folder)]
+        """Of each rank. Their tensors are read when they are asked for, if `load` maps the file."""
+        self._pieces: dict[str, list[tuple[int, Piece]]] = {}
+        model, sharded = load(min(folder.glob("*_model_states.pt"))), "fp32_flat_groups" in self._ranks[0]
+        if len(self._ranks) != model["dp_world_size"]:
+            raise ValueError(f"files of {len(self._ranks)} ranks, and {model['dp_world_size']} wrote it")
+        shapes = model["param_shapes"] if sharded else []
+        for rank, states in enumerate(self._ranks):
+            pieces = _equal_parts(shapes, rank, len(self._ranks)) if sharded else self._between_ends(states["param_slice_mappings"])
+            for piece in pieces:
+                self._pieces.setdefault(piece.name, []).append((rank, piece))
+        self.moments: dict[str, torch.Tensor] = self._state(0, 0)
+        """Of the first rank's first group: to know which there are. What counts steps is the same in all."""
+        if any(moment.dtype == torch.uint8 for moment in self.moments.values()):
+            raise ValueError(f"written by {len(self._ranks)} workers; moments in 8 bits cannot be cut for another number")
+
+    def _between_ends(self, groups: list[Mapping[str, Any]]) -> Iterator[Piece]:
+        for group, fragments in enumerate(groups):
+            for name, fragment in fragments.items():
+                begin = sum(piece.count for _, piece in self._pieces.get(name, ()))  # of the ranks before
+                yield Piece(name, begin, fragment.numel, group, fragment.start)
+
+    def read(self, key: str, name: str, begin: int, count: int) -> torch.Tensor:
+        """Elements of a parameter's masters or moments, [count]. Raises KeyError for a parameter that the files lack."""
+        found = []
+        for rank, piece in self._pieces[name]:
+            first, last = max(begin, piece.begin), min(begin + count, piece.begin + piece.count)
+            if first < last:
+                found.append(self._flat(rank, key, piece.group)[piece.place + first - piece.begin :][: last - first])
+        return torch.cat(found)
+
+    def _flat(self, rank: int, key: str, group: int) -> torch.Tensor:
+        if key != MASTERS:
+            return self._state(rank, group)[key]
+        states = self._ranks[rank]
+        return (states.get("fp32_flat_groups") or states["single_partition_of_fp32_groups"])[group]
+
+    def _state(self, rank: int, group: int) -> dict[str, torch.Tensor]:
+        states = self._ranks[rank]
+        return (states.get("base_optimizer_state") or states["optimizer_state_dict"])["state"][group]
+
+
+def take_up(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
+    """Put them into this rank's part, masters and moments; under ZeRO-3 the weights too, which are the masters rounded. A collective."""
+    zero, names = engine.optimizer, {parameter: name for name, parameter in engine.module.named_parameters()}
+    groups, flats = next((getattr(zero, groups), getattr(zero, flats)) for groups, flats in _GROUPS_AND_FLATS if hasattr(zero, groups))
+    sharded = hasattr(groups[0][0], "ds_tensor")
+    if sharded:
+        zero.checkpoint_event_prologue()  # small parameters are whole on every rank until then
+    for group, (parameters, flat) in enumerate(zip(groups, flats, strict=True)):
+        pieces = _shards_of(parameters, names, group, engine.global_rank) if sharded else _fragments_of(parameters, names, group)
+        state = zero.optimizer.state[flat]
+        for key, moment in shards.moments.items():  # none are there before the first step
+            state[key] = torch.zeros_like(flat, dtype=moment.dtype) if moment.ndim else moment.clone()
+        for parameter, piece in pieces:
+            mine = slice(piece.place, piece.place + piece.count)
+            for key, to in ((MASTERS, flat.data), *((key, moment) for key, moment in state.items() if moment.ndim)):
+                to[mine] = shards.read(key, piece.name, piece.begin, piece.count)
+            if sharded:
+                parameter.ds_tensor.data[: piece.count] = flat.data[mine]
+    if sharded:
+        zero.checkpoint_event_epilogue()
+
+
+def _equal_parts(groups: list[Mapping[str, torch.Size]], rank: int, num_ranks: int) -> Iterator[Piece]:
+    for group, shapes in enumerate(groups):
+        place = 0
+        for name, shape in shapes.items():
+            size = -(-shape.numel() // num_ranks)
+            yield Piece(name, rank * size, max(0, min(size, shape.numel() - rank * size)), group, place)
+            place += size
+
+
+def _shards_of(
+    parameters: Sequence[torch.nn.Parameter], names: Mapping[torch.nn.Parameter, str], group: int, rank: int
+) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
+    sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+    for parameter, size, end in zip(parameters, sizes, accumulate(sizes), strict=True):
+        count = max(0, min(size, parameter.ds_numel - rank * size))
+        if count:
+            yield parameter, Piece(names[parameter], rank * size, count, group, end - size)
+
+
+def _fragments_of(
+    parameters: Sequence[torch.nn.Parameter], names: Mapping[torch.nn.Parameter, str], group: int
+) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
+    for parameter in parameters:
+        if mapping := parameter._hp_mapping:
+            place, part = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+            yield parameter, Piece(names[parameter], part.start, part.numel, group, place.start)
