@@ -154,7 +154,7 @@ def free_of_cluster() -> list[Node]:
     """The same nodes with what no actor and no placement group holds."""
     import ray
 
-    free = ray._private.state.state._available_resources_per_node()
+    free = ray._private.state.available_resources_per_node()
     return [
         Node(node["NodeManagerAddress"], free.get(node["NodeID"], {}), node["Labels"]) for node in ray.nodes() if node["Alive"]
     ]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -19,6 +19,9 @@ from spin_ray.imports import without_gc
 from spin_ray.placement import MEMORY_SHARE, own_devices
 from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Version
 from spin_ray.storage import DISK, Disk
+
+if TYPE_CHECKING:
+    from spin_ray.sampler.engine import OpponentEngine
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ class Sampler:
         redirect_output(args.log_path)
         os.environ.update(args.env)
         self._args, self._storage = args, args.storage
+        self._started: OpponentEngine | None = None
+
+    @property
+    def _engine(self) -> OpponentEngine:
+        """Raises EngineFailed in a new process that is taken for the one that died: Ray hands it the next call, and nobody else says so."""
+        if self._started is None:
+            raise EngineFailed("its process died when it owed nothing")
+        return self._started
 
     def _start(self) -> None:
         args, saved = self._args, self._args.saved.fetched(self._storage)
@@ -60,7 +71,7 @@ class Sampler:
         with without_gc():
             from spin_ray.sampler.engine import OpponentEngine  # not at the top: whoever holds the pool's handle imports this file
 
-            self._engine = OpponentEngine(
+            self._started = OpponentEngine(
                 saved, version=args.version, dtype=args.dtype, max_model_len=args.max_model_len, seed=args.seed, settings=settings
             )
 

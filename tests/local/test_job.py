@@ -26,7 +26,7 @@ def cluster(tmp_path_factory):
 
 
 def started_head(log: Path, timeout_s: float = 120) -> subprocess.Popen:
-    """A head that has come up. On a very busy machine Ray may give up on itself: then once more."""
+    """A head of 2 CPUs that has come up. On a very busy machine Ray may give up on itself: then once more."""
     for _ in range(3):
         with log.open("w") as output:
             head = subprocess.Popen([RAY, "start", "--head", "--block", "--num-cpus=2"], stdout=output, stderr=subprocess.STDOUT)

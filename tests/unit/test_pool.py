@@ -12,6 +12,7 @@ import ray
 
 from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion
 from spin_ray.records import PublishedWeights, SamplingSettings, Version
+from spin_ray.sampler.actor import Sampler
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, PLAY, Limits, SamplerPool
 
@@ -308,6 +309,23 @@ def test_a_process_that_hangs_in_a_load_is_found_by_its_silence():
         await pool.load(weights(THETA_1))
         await pool.release(THETA_1)
         assert len(await pool.sample(THETA_1, prompts(3), SETTINGS)) == 3 and await pool.num_restarts() == 1
+
+    run(scenario)
+
+
+def test_a_replica_that_died_while_it_owed_nothing_is_found_by_the_next_request():
+    """Ray hands that to the new process, which has no engine and not the present weights."""
+
+    async def scenario():
+        handle = Handle(FakeSampler(THETA_0))
+        pool = SamplerPool([handle], THETA_0, Limits(64, max_restarts=1), restart)
+        await pool.start()
+        await pool.ready()
+        await pool.release(THETA_0)
+        handle._target = object.__new__(Sampler)
+        handle._target._started = None
+        assert len(await pool.sample(THETA_0, prompts(3), SETTINGS)) == 3
+        assert await pool.num_restarts() == 1 and isinstance(handle._target, FakeSampler)
 
     run(scenario)
 
