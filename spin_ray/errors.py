@@ -28,7 +28,11 @@ class EngineFailed(RunStopped):
 
 
 class WeightsLost(RunStopped):
-    """Published weights are gone: the learner's worker that held them died before a sampler had loaded them."""
+    """Published weights cannot be had: the learner's worker that held them died before a sampler had loaded them, or they are late."""
+
+
+class WeightsLate(WeightsLost):
+    """Published weights do not reach a sampler's host, or too slowly: the learner's worker may well be alive."""
 
 
 class WrongVersion(RunStopped):

@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from spin_ray.background import Threads, in_background
 from spin_ray.config import Config
-from spin_ray.errors import WeightsLost
+from spin_ray.errors import RunStopped, WeightsLate, WeightsLost
 from spin_ray.evaluation import Evaluations
 from spin_ray.exchange.audit import Audit, compare
 from spin_ray.exchange.pairs import PlayPlan, Stored, StoredRows, play, read_pairs
@@ -134,16 +136,26 @@ class Opponent:
         """What the learner is to do, in this order, before theta_version can be the opponent. The first one samplers load themselves."""
         return [*([] if version == self._overlap.first else [Publish(Version(version))]), self._probe()]
 
-    def become(self, version: int, answers: Iterator[Any]) -> Audit:
-        """theta_version is the opponent: loaded and audited. `answers`: the learner's to `asks`. Raises WeightsLost, AuditError."""
+    def become(self, version: int, answers: Iterator[Any], on_disk: Callable[[], Saved]) -> Audit:
+        """theta_version is the opponent: loaded and audited. `answers`: the learner's to `asks`; `on_disk`: waits until the same weights
+        are in the run directory. Raises WeightsLost, AuditError.
+        """
         if version == self._overlap.first:
             log = f"{self._run.logs}/learner-0.log"
             probed = self._reporting.wait_for(in_background(next, answers), self._threads, "the main player", log)
         else:
-            self._weights = next(answers)
-            self.load(self._weights)
-            probed = next(answers)
+            published, probe = next(answers), cache(lambda: next(answers))
+            try:
+                return self._take_up(version, published, probe)
+            except WeightsLost as error:
+                self._reporting.weights_lost(error)
+                return self._take_up(version, replace(published, buckets=(), saved_at=on_disk()), probe)
         return self._audit(version, probed)
+
+    def _take_up(self, version: int, weights: PublishedWeights, probe: Callable[[], Sequence[np.ndarray]]) -> Audit:
+        self._weights = weights
+        self.load(weights)
+        return self._audit(version, probe())
 
     def load(self, weights: PublishedWeights) -> None:
         """Bring new weights to the samplers, once they owe nothing under the old ones. Raises WeightsLost."""
@@ -151,7 +163,10 @@ class Opponent:
         self._evaluations.make_way(weights.version)
         begun = time.monotonic()
         seconds = max(self._ask("load", weights), default=0.0)
-        metrics = {"load_s": seconds, "total_s": time.monotonic() - begun, "gib_per_s": weights.num_bytes / 2**30 / max(seconds, 1e-9)}
+        metrics = {
+            "load_s": seconds, "total_s": time.monotonic() - begun, "gib_per_s": weights.num_bytes / 2**30 / max(seconds, 1e-9),
+            "from_run_dir": float(weights.saved_at is not None),
+        }
         self._reporting.tracker.log("sync", metrics, opponent_version=weights.version.number)
 
     def _probe(self) -> Score:
@@ -210,7 +225,9 @@ class Opponent:
             try:
                 self.load(weights)
                 loaded = True
-            except WeightsLost:
+            except WeightsLost as error:
+                if isinstance(error, WeightsLate) and group == self._learner.group():
+                    raise RunStopped(f"{error}; a snapshot lies nowhere else: mend the line, then the same command goes on") from error
                 self._learner.wait_for_group_after(group)
         self._open(version)
 
@@ -269,7 +286,7 @@ class Bystander:
     def asks(self, version: int) -> list[Publish | Score]:
         return []
 
-    def become(self, version: int, answers: Iterator[Any]) -> None:
+    def become(self, version: int, answers: Iterator[Any], on_disk: Callable[[], Saved]) -> None:
         """Nothing is loaded, and there is nothing to compare with."""
 
     def saved(self, at: Saved) -> dict[str, Any]:

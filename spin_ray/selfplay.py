@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ from spin_ray.placement import Hardware
 from spin_ray.players import Players, as_placed, start_players
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
 from spin_ray.prepared import Prepared, prepare
-from spin_ray.records import Span
+from spin_ray.records import Saved, Span
 from spin_ray.reporting import Reporting
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -139,6 +140,8 @@ class SelfPlay:
         self._first_losses = FirstLosses(method, overlap, tokens_per_answer, tracker, terminal)
         self._rollbacks = Rollbacks(config, run, self._learner, tracker, terminal)
         self._all_trained = self._first == self._last
+        self._committed: tuple[int, int] | None = None
+        """(iteration, group) of what was last put in its place."""
 
     def play(self) -> None:
         """All iterations that the manifest does not call finished."""
@@ -164,7 +167,7 @@ class SelfPlay:
         opponent, asked = self._opponent, self._ask_for(self._first)
         training = None if self._turns else self._post_training(self._first)
         opponent.start()
-        self._audited(self._first, opponent.become(self._first, self._answers(asked)))
+        self._audited(self._first, opponent.become(self._first, self._answers(asked), lambda: self._thetas.played(self._first)))
         self._reports.stands(self._first, group=0)
         opponent.evaluate_the_one_before(self._first)
         opponent.release(self._first, {})  # lines 3-5: theta_t answers every prompt
@@ -213,7 +216,8 @@ class SelfPlay:
             while group != (group := learner.group()):  # again until one and the same group has answered it all
                 try:
                     report = self._result(training)
-                    audit = opponent.become(version, self._answers([*asked, save]))  # while the main player writes its files
+                    on_disk = partial(self._on_disk, t, save, group)
+                    audit = opponent.become(version, self._answers([*asked, save]), on_disk)  # while the main player writes its files
                     self._result(save)
                 except WeightsLost:
                     if self._turns:
@@ -233,8 +237,17 @@ class SelfPlay:
         run.drop_outdated(self._config.run, self._method.needed(version))
         return Made(report, group, next_training)
 
+    def _on_disk(self, t: int, save: int, group: int) -> Saved:
+        """Where theta_{t+1} lies, once this group has written it. Raises WeightsLost if a new one makes it anew."""
+        self._result(save)
+        if group != self._learner.group() or not self._commit(t, group):
+            raise WeightsLost(f"theta_{t + 1} is made anew")
+        return self._thetas.played(t + 1)
+
     def _commit(self, t: int, group: int) -> bool:
         """Put what iteration t has made in its place; False if a new group of workers is writing it anew already."""
+        if self._committed == (t, group):
+            return True
         try:
             for folder in (*self._thetas.folders(t), self._run.checkpoint(t)):
                 self._run.storage.commit(folder)
@@ -242,6 +255,7 @@ class SelfPlay:
             if group == self._learner.group():
                 raise
             return False
+        self._committed = t, group
         return True
 
     def _audited(self, version: int, audit: Audit | None) -> None:

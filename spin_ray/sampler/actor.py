@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import numpy as np
 import ray
 
 from spin_ray.chatter import redirect_output
-from spin_ray.errors import BadInput, EngineFailed, WeightsLost
+from spin_ray.errors import BadInput, EngineFailed, WeightsLate, WeightsLost
 from spin_ray.imports import without_gc
 from spin_ray.placement import MEMORY_SHARE, own_devices
 from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Version
@@ -40,6 +42,8 @@ class SamplerArgs:
     env: Mapping[str, str]
     storage: Disk = DISK
     """What brings the run's own models to this node."""
+    transfer_timeout_s: float = math.inf
+    """Seconds without one more bucket of published weights, after which they are late."""
     try_reload: bool = False
     """Whether to try at the start if this model's weights can be replaced."""
 
@@ -125,13 +129,11 @@ class Sampler:
     async def load(self, weights: PublishedWeights) -> float:
         """Load a published version in place; returns the seconds it took, waiting for answers under way not counted.
 
-        Raises WeightsLost if they have gone with the process that published them; the engine keeps what it has.
+        Raises WeightsLost if they have gone with the process that published them, WeightsLate if they do not come; the engine keeps
+        what it has.
         """
         started: list[float] = []
-        try:
-            buckets = await asyncio.gather(*weights.buckets)
-        except ray.exceptions.OwnerDiedError as error:
-            raise WeightsLost(f"the weights of {weights.version} went with the learner's worker that held them") from error
+        buckets = await self._arrived(weights)
         saved = await asyncio.to_thread(weights.saved_at.fetched, self._storage) if weights.saved_at else None
         if weights.adapter or (saved and saved.adapter):
             loading = self._engine.load_adapter(weights.version, lambda: self._adapter(weights, buckets, saved, started))
@@ -139,6 +141,21 @@ class Sampler:
             loading = self._engine.load(weights.version, lambda: self._tensors(weights, buckets, saved, started))
         await asyncio.wrap_future(loading)
         return time.perf_counter() - started[0]
+
+    async def _arrived(self, weights: PublishedWeights) -> list[Any]:
+        """Its buckets, one after the other: side by side all of them would be under way for as long as the last one."""
+        limit, buckets = self._args.transfer_timeout_s, []
+        try:
+            for reference in weights.buckets:
+                buckets.append(await asyncio.wait_for(_fetched(reference), limit))
+        except ray.exceptions.OwnerDiedError as error:
+            raise WeightsLost(f"the weights of {weights.version} went with the learner's worker that held them") from error
+        except TimeoutError as error:
+            raise WeightsLate(
+                f"of the weights of {weights.version}, {len(weights.buckets)} buckets, number {len(buckets) + 1} has not come from the "
+                f"learner's host to {socket.gethostname()} within {limit:g} s (sampler.transfer_timeout_s)"
+            ) from error
+        return buckets
 
     def _adapter(self, weights: PublishedWeights, buckets: Sequence[Any], saved: Saved | None, started: list[float]) -> Any:
         from spin_ray.exchange.adapters import AdapterFiles, read_adapter
@@ -160,6 +177,10 @@ class Sampler:
             yield from from_folder(Path(saved.model), second_names)
         for bucket in buckets:
             yield from from_bucket(bucket, second_names)
+
+
+async def _fetched(reference: Any) -> Any:
+    return await reference
 
 
 def _share_beside_a_learner_at_rest() -> float:

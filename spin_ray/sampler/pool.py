@@ -77,13 +77,13 @@ def start_opponent(
             saved=saved, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
             seed=config.run.seed + 1000 * version + replica,  # a resumed run must not draw its first iteration's numbers again
             log_path=str(logs / f"sampler-{replica}.log"), engine=settings, env=hardware.sampler_env,
-            storage=storage, try_reload=reloads and version == 0,
+            storage=storage, transfer_timeout_s=config.sampler.transfer_timeout_s, try_reload=reloads and version == 0,
         ))
 
     sampler, fleet = config.sampler, Fleet(start)
     limits = Limits(
         sampler.max_num_seqs, sampler.request_timeout_s, sampler.max_restarts, sampler.restart_window_s,
-        heartbeat_timeout_s=sampler.heartbeat_timeout_s or math.inf,
+        heartbeat_timeout_s=sampler.heartbeat_timeout_s or math.inf, transfer_timeout_s=sampler.transfer_timeout_s,
     )
     return start_pool(fleet.more(sampler.fewest), Version(version), limits), fleet
 
@@ -124,6 +124,8 @@ class Limits:
     """... within this many seconds."""
     heartbeat_timeout_s: float = math.inf
     """Seconds without a sign of life of a replica that owes something, or of its engine, after which it counts as hanging."""
+    transfer_timeout_s: float = 0.0
+    """Seconds that a bucket of new weights may take before the replica itself says that it is late."""
 
 
 HEARTBEAT_S = 5.0
@@ -495,8 +497,9 @@ class SamplerPool:
         weights, begin, life = self._weights, time.time(), replica.lives
         assert weights is not None
         replica.loading = True
+        limit = self._limits.request_timeout_s + len(weights.buckets) * self._limits.transfer_timeout_s
         try:
-            seconds = await asyncio.wait_for(_done(replica.handle.load.remote(weights)), self._limits.request_timeout_s)
+            seconds = await asyncio.wait_for(_done(replica.handle.load.remote(weights)), limit)
         except BROKEN as error:
             self._start_anew(replica, life, error)
             return 0.0

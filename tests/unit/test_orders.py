@@ -12,6 +12,7 @@ import json
 import math
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ from test_pool import Handle, restart
 
 from spin_ray.background import in_background
 from spin_ray.config import load_config
-from spin_ray.errors import BadInput, Diverged, EngineFailed, Enough, RunStopped, WeightsLost
+from spin_ray.errors import BadInput, Diverged, EngineFailed, Enough, RunStopped, WeightsLate, WeightsLost
 from spin_ray.exchange.audit import FirstLossError
 from spin_ray.exchange.pairs import PlayBlock, Played, write_prompts
 from spin_ray.interrupt import Interrupted, Interrupts
@@ -789,6 +790,33 @@ def test_a_group_that_dies_while_its_weights_are_on_their_way(start, order):
     run = start("overlap.mode=stream", order=order, deaths=["answer save 1"] if order.index("death") < order.index("hear save 1") else ["step 1.0"])
     run.result()
     run.assert_whole(again=(0, 1))
+
+
+class FarAway(FakeSampler):
+    """What the main player publishes never comes; it sees the run directory."""
+
+    async def load(self, weights):
+        if weights.buckets:
+            raise WeightsLate("late")
+        assert (Path(weights.saved_at.model) / "fake").exists()
+        return await super().load(weights)
+
+
+@pytest.mark.parametrize("mode", ["overlap.mode=stream", "overlap.mode=sequential", "placement.mode=shared"])
+@pytest.mark.parametrize("last_word", ["", *(word for word in WORKERS_SAY if word != f"answer {SNAPSHOT}")])
+def test_weights_that_never_come_are_read_in_the_run_directory(start, mode, last_word):
+    """Whatever becomes of the group that wrote them."""
+    run = start(mode, samplers=[FakeSampler(Version(0)), FarAway(Version(0))], heldout=4, deaths=[last_word] if last_word else [])
+    run.result()
+    run.assert_whole(again=(0, 1))
+    assert {line["opponent_version"] for line in run.metrics("sync/from_run_dir") if line["sync/from_run_dir"]} == {1, 2}
+    assert (run.run.path / "terminal").read_text().count("late; the samplers read them in the run directory") >= 2
+
+
+def test_a_snapshot_that_never_comes_ends_the_run(start):
+    run = start(samplers=[FarAway(Version(0))])
+    with pytest.raises(RunStopped, match="late; a snapshot lies nowhere else: mend the line"):
+        run.result()
 
 
 @pytest.mark.parametrize("used", [True, False])

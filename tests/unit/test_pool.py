@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion
+from spin_ray.errors import EngineFailed, WeightsLate, WeightsLost, WrongVersion
 from spin_ray.records import PublishedWeights, SamplingSettings, Version
 from spin_ray.sampler.actor import Sampler
 from spin_ray.sampler.fake import FakeSampler
@@ -471,6 +471,31 @@ def test_nobody_waits_for_answers_under_weights_that_are_lost():
             await asked
         await pool.load(PublishedWeights(THETA_1, (), 8))
         assert len(await pool.score(THETA_1, prompts(1), prompts(1), AUDIT)) == 1
+
+    run(scenario)
+
+
+def test_weights_of_which_no_bucket_comes_any_more_are_late():
+    """However long all of them take."""
+    async def scenario():
+        sampler = Sampler.__new__(Sampler)
+        sampler._args = SimpleNamespace(transfer_timeout_s=60.0)
+        slow = PublishedWeights(THETA_1, tuple(asyncio.ensure_future(asyncio.sleep(50.0 * k, k)) for k in range(1, 5)), 4)
+        assert await sampler._arrived(slow) == [1, 2, 3, 4]
+        stuck = PublishedWeights(THETA_1, (asyncio.ensure_future(asyncio.sleep(1.0)), asyncio.get_running_loop().create_future()), 2)
+        begun = asyncio.get_running_loop().time()
+        with pytest.raises(WeightsLate, match=r"theta_1, 2 buckets, number 2 has not come .* within 60 s \(sampler\.transfer_timeout_s\)"):
+            await sampler._arrived(stuck)
+        assert 60 <= asyncio.get_running_loop().time() - begun <= 62
+
+    run(scenario)
+
+
+def test_a_slow_line_is_no_hanging_replica():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, load_s=150.0), request_timeout_s=100.0, transfer_timeout_s=60.0)
+        bucket = asyncio.ensure_future(asyncio.sleep(0))
+        assert await pool.load(PublishedWeights(THETA_1, (bucket,), 8)) == [150.0] and await pool.num_restarts() == 0
 
     run(scenario)
 
