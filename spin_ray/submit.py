@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from spin_ray.exits import EXIT_INTERRUPTED, ends_in_one_line
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 AGENT_TIMEOUT_S = 180.0
 CONNECT_S = 15.0
+ASK_EVERY_S, SILENT_S = 15.0, 45.0
 _REMEDY = "start one with `ray start --head`, or set RAY_API_SERVER_ADDRESS"
 
 
@@ -147,13 +149,15 @@ async def _submitted(client: JobSubmissionClient, address: str, job: dict[str, A
 
 async def _followed(client: JobSubmissionClient, address: str, job: str) -> int:
     """Its log as it comes, and then its exit code."""
+    showing = asyncio.ensure_future(_shown(client, job))
     try:
-        async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
-        while not (status := client.get_job_status(job)).is_terminal():
+        while not (await asyncio.wait([showing], timeout=ASK_EVERY_S))[0]:
+            await _answered(client.get_job_status, job)  # a head without power does not close the connection that the log comes by
+        await showing
+        while not (status := await _answered(client.get_job_status, job)).is_terminal():
             await asyncio.sleep(0.5)
-        code = client.get_job_info(job).driver_exit_code
-    except ConnectionError as error:
+        code = (await _answered(client.get_job_info, job)).driver_exit_code
+    except (ConnectionError, TimeoutError, RuntimeError) as error:  # of a log that breaks off Ray makes a RuntimeError
         raise RunStopped(
             f"{address}: the cluster's job server no longer answers: {in_one_line(error)}; the job may go on: "
             f"`ray job logs --follow {job}`; submit the same again where it has ended"
@@ -164,6 +168,19 @@ async def _followed(client: JobSubmissionClient, address: str, job: str) -> int:
     if status is JobStatus.SUCCEEDED:
         return 0
     return 1 if code is None or code < 0 else code
+
+
+async def _shown(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+async def _answered(ask: Callable[[str], Any], job: str) -> Any:
+    """What the job server answers. Raises TimeoutError if it says nothing for SILENT_S."""
+    try:
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(in_background(ask, job))), SILENT_S)
+    except TimeoutError as error:
+        raise TimeoutError(f"silent for {SILENT_S:g} s") from error
 
 
 async def _connect(address: str) -> JobSubmissionClient:

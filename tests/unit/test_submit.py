@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from spin_ray import submit
-from spin_ray.errors import BadInput
+from spin_ray.errors import BadInput, RunStopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +87,33 @@ def test_a_cluster_that_never_answers_is_one_line_too(monkeypatch):
 def test_the_exit_code_is_the_job_s(cluster, code, expected):
     cluster.status, cluster.code = JobStatus.FAILED, code
     assert asyncio.run(submit.submit(["conf/demo.yaml"])) == expected
+
+
+async def never(job):
+    await asyncio.get_running_loop().create_future()
+    yield
+
+
+def test_a_head_without_power_is_one_line(cluster, monkeypatch):
+    """It closes no connection, and answers nothing."""
+    monkeypatch.setattr(submit, "ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(submit, "SILENT_S", 0.1)
+    monkeypatch.setattr(cluster, "tail_job_logs", never)
+    monkeypatch.setattr(cluster, "get_job_status", lambda job: threading.Event().wait(30))
+    with pytest.raises(RunStopped, match=r"no longer answers: silent for 0\.1 s; the job may go on"):
+        asyncio.run(submit.submit(["conf/demo.yaml"]))
+
+
+def test_a_log_that_comes_for_long_is_followed_to_its_end(cluster, monkeypatch, capsys):
+    async def slow(job):
+        for k in range(5):
+            await asyncio.sleep(0.02)
+            yield f"line {k}\n"
+
+    monkeypatch.setattr(submit, "ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(cluster, "tail_job_logs", slow)
+    submitted(cluster, "conf/demo.yaml")
+    assert "line 0\nline 1\nline 2\nline 3\nline 4\n" in capsys.readouterr().out
 
 
 def submitted(cluster, *arguments: str) -> dict:
