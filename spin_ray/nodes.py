@@ -73,10 +73,11 @@ def check_fit(nodes: Sequence[Node], wanted: Sequence[Actors]) -> None:
         need, have = sum(kind.number * kind.each.get(resource, 0) for kind in wanted), total(nodes, resource)
         if need > have + _EPSILON:
             parts = " + ".join(f"{kind} × {kind.each[resource]:g}" for kind in wanted if kind.each.get(resource))
-            raise DoNotFit(f"the cluster has {have:g} {resource}, this run needs {need:g} = {parts}; {_REMEDY}")
+            raise DoNotFit(f"the cluster has {have:g} {resource}, this run needs {need:g} = {parts}; {_said(nodes)}; {_REMEDY}")
     for kind in wanted:
         if kind.selector and not any(node.is_meant(kind.selector) for node in nodes):
-            raise DoNotFit(f"no node of the cluster has the labels of the {kind.who}: {_labels(kind.selector)}; {_said(nodes)}")
+            needs = f"{kind}, each needs {_amounts(kind)} on one"
+            raise DoNotFit(f"no node of the cluster has the labels of the {kind.who}: {_labels(kind.selector)} ({needs}); {_said(nodes)}")
     fewest: dict[str, int] | None = None
     for order in itertools.permutations(wanted):
         left = _left_over(nodes, order)
@@ -84,9 +85,12 @@ def check_fit(nodes: Sequence[Node], wanted: Sequence[Actors]) -> None:
             return
         fewest = left if fewest is None or sum(left.values()) < sum(fewest.values()) else fewest
     kind = next(kind for kind in wanted if kind.who in (fewest or ()))
-    amounts = ", ".join(f"{amount:g} {resource}" for resource, amount in kind.each.items() if amount)
     where = f" with {_labels(kind.selector)}" if kind.selector else ""
-    raise DoNotFit(f"{fewest[kind.who]} of {kind} fit on no node{where}: each needs {amounts} on one; {_said(nodes)}; {_REMEDY}")
+    raise DoNotFit(f"{fewest[kind.who]} of {kind} fit on no node{where}: each needs {_amounts(kind)} on one; {_said(nodes)}; {_REMEDY}")
+
+
+def _amounts(kind: Actors) -> str:
+    return ", ".join(f"{amount:g} {resource}" for resource, amount in kind.each.items() if amount)
 
 
 _REMEDY = "lower sampler.num_replicas or learner.num_workers, or add nodes"

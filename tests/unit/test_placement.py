@@ -34,7 +34,7 @@ def test_gpu_cluster():
 def test_too_many_actors_are_named_with_the_sum():
     with pytest.raises(BadInput, match=r"2 CPU, this run needs 4\.6 = 8 samplers × 0\.5 \+ 1 learner × 0\.5 \+ 1 play process × 0\.1"):
         choose_hardware(config(sampler=SamplerConfig(num_replicas=8)), [Node("here", {"CPU": 2})])
-    with pytest.raises(BadInput, match="4 GPU, this run needs 5 = 1 sampler × 1 \\+ 4 learners × 1"):
+    with pytest.raises(BadInput, match="4 GPU, this run needs 5 = 1 sampler × 1 \\+ 4 learners × 1; here has 4 GPU, 64 CPU; lower"):
         choose_hardware(config(learner=LearnerConfig(num_workers=4)), [Node("here", {"CPU": 64, "GPU": 4})])
 
 
@@ -129,7 +129,7 @@ def test_players_go_where_their_labels_say():
     choose_hardware(placed, hosts(8, 8, 8, labels=pools))
     with pytest.raises(BadInput, match=r"8 of 16 learners fit on no node with pool=!samplers: .*10.0.0.0 has 16 GPU, 32 CPU, pool=samplers"):
         choose_hardware(placed, hosts(16, 8, labels=pools))
-    with pytest.raises(BadInput, match=r"no node of the cluster has the labels of the sampler: pool=h100; 10.0.0.0 has 8 GPU"):
+    with pytest.raises(BadInput, match=r"no node of the cluster has the labels of the sampler: pool=h100 \(1 sampler, each needs 1 GPU, 0.5 CPU on one\); 10.0.0.0 has 8 GPU"):
         choose_hardware(config(sampler=SamplerConfig(label_selector={"pool": "h100"})), hosts(8, 8, labels=pools))
 
 
