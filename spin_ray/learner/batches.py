@@ -21,21 +21,24 @@ NOTICEABLE_WAIT_S = 0.05
 class BlockFeed:
     """An iteration's blocks in order, read ahead by a thread of its own; knows how long it had to wait for them.
 
-    `log_span(activity, begin, end)` hears of the stretches of training between two waits.
+    `log_span(activity, begin, end)` hears of the stretches of training between two waits, by the clock `now`.
     """
 
-    def __init__(self, coordinator: Any, iteration: int, num_blocks: int, log_span: Callable[[str, float, float], None]):
+    def __init__(
+        self, coordinator: Any, iteration: int, num_blocks: int, log_span: Callable[[str, float, float], None],
+        now: Callable[[], float] = time.time,
+    ):
         self._coordinator, self._iteration, self._num_blocks, self._log_span = coordinator, iteration, num_blocks, log_span
         self._fetched: queue.Queue[list[Pair] | BaseException] = queue.Queue()
         self.waited_s = 0.0
-        self._busy_since = time.time()
+        self._now, self._busy_since = now, now()
         threading.Thread(target=self._fetch, name="block feed", daemon=True).start()
 
     def __iter__(self) -> Iterator[list[Pair]]:
         for _ in range(self._num_blocks):
-            begun = time.time()
+            begun = self._now()
             block = self._fetched.get()
-            arrived = time.time()
+            arrived = self._now()
             self.waited_s += arrived - begun
             if arrived - begun > NOTICEABLE_WAIT_S:
                 self._log_span("train", self._busy_since, begun)
@@ -46,7 +49,7 @@ class BlockFeed:
 
     def close(self) -> None:
         """Report the last stretch."""
-        self._log_span("train", self._busy_since, time.time())
+        self._log_span("train", self._busy_since, self._now())
 
     def _fetch(self) -> None:
         try:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -228,6 +229,10 @@ class Coordinator:
         """Records since the last call, in order."""
         records, self._records = self._records, []
         return records
+
+    async def now(self) -> float:
+        """The driver's host's clock, in seconds since the epoch: all spans of a run are by it."""
+        return time.time()
 
     async def fail(self, failure: Failure) -> None:
         """End every wait with this error; only the first one counts. (A bare error of Ray's own would fail this call instead.)"""

@@ -20,6 +20,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from spin_ray.config import LearnerConfig
@@ -421,13 +422,13 @@ def load_model(model_path: str, **options: Any) -> Any:
 
     Raises BadInput for a family that would not be computed exactly, and for weights that cannot be loaded.
     """
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    refuse_unsupported(config, model_path)
     try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        refuse_unsupported(config, model_path)
         return auto_class(config).from_pretrained(
             model_path, config=config, use_safetensors=True, attn_implementation=attention.NAME, trust_remote_code=False, **options
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise BadInput(f"{model_path}: no weights in safetensors can be loaded from there: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):

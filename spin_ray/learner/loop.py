@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,16 +93,26 @@ def make_main_player(args: WorkerArgs, base: Base) -> Any:
         torch.cuda.set_device(ray.train.torch.get_device())
         if args.hardware.takes_turns:
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # else pieces of what is given back stay
-    player = MainPlayer(
-        base.saved.fetched(args.storage), args.config, args.hardware, trust_remote_code=args.trust_remote_code,
-        chat_template=args.chat_template, proof_pairs=args.proof_pairs, quantized=args.quantized,
-    )
+    with _naming_this_host():  # one that lacks what others have must say so: they wait for it in a collective
+        player = MainPlayer(
+            base.saved.fetched(args.storage), args.config, args.hardware, trust_remote_code=args.trust_remote_code,
+            chat_template=args.chat_template, proof_pairs=args.proof_pairs, quantized=args.quantized,
+        )
     if player.proof and player.rank == 0:
         ray.get(args.coordinator.log.remote(Proved(f"model: {player.proof}", player.proof.seconds)))
     if base.checkpoint_path:
         checkpoint = Path(base.checkpoint_path)
         player.load_checkpoint(args.storage.fetch(checkpoint), name=args.storage.name(checkpoint))
     return player
+
+
+@contextmanager
+def _naming_this_host() -> Iterator[None]:
+    """What is wrong with an input is wrong on this host."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"the main player on {socket.gethostname()}: {error}") from error
 
 
 def plain_real_logps(saved: Saved, dtype: str, pairs: Sequence[Pair], log_path: str) -> list[np.ndarray]:
@@ -140,11 +151,18 @@ def run_worker(loop_config: dict[str, WorkerArgs]) -> None:
         joined = _join(args.coordinator)
         if joined.group > 1:
             args = replace(args, proof_pairs=())  # the first group has proved it
-        Worker(args.make_player(args, joined.base), args, joined).serve()
+        Worker(args.make_player(args, joined.base), args, joined, drivers_clock(args.coordinator)).serve()
     except (BadInput, RunStopped) as error:
         ray.get(args.coordinator.fail.remote(Failure(error)))
     except DriverFailed:
         return
+
+
+def drivers_clock(coordinator: Any) -> Callable[[], float]:
+    """Seconds since the epoch by the clock of the driver's host, asked for once: this host's own may be off."""
+    asked = time.monotonic()
+    ahead = ray.get(coordinator.now.remote()) - (asked + time.monotonic()) / 2
+    return lambda: ahead + time.monotonic()
 
 
 def _of_all_ranks(own: Devices) -> Devices:
@@ -177,8 +195,9 @@ def _join(coordinator: Any) -> Joined:
 class Worker:
     """Carries out commands with a MainPlayer."""
 
-    def __init__(self, player: Any, args: WorkerArgs, joined: Joined):
-        self._player, self._args, self._joined = player, args, joined
+    def __init__(self, player: Any, args: WorkerArgs, joined: Joined, now: Callable[[], float] = time.time):
+        """`now`: the driver's clock, which spans are by."""
+        self._player, self._args, self._joined, self._now = player, args, joined, now
         self._coordinator = args.coordinator
         self._iteration = 0
         self._at_rest = False
@@ -250,7 +269,7 @@ class Worker:
     def _train(self, command: Train) -> TrainReport:
         self._iteration = command.iteration
         config, started = self._args.config, time.perf_counter()
-        feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span)
+        feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span, self._now)
         blocks = self._scored(list(feed) if command.wait_for_all else feed, command)
         count = self._take_up(command)
         total_steps, peak = command.num_steps, command.lr * self._args.rollback_lr_factor**self._joined.rollbacks
@@ -397,9 +416,9 @@ class Worker:
 
     @contextmanager
     def _span(self, activity: str) -> Iterator[None]:
-        begin = time.time()
+        begin = self._now()
         yield
-        self._log_span(activity, begin, time.time())
+        self._log_span(activity, begin, self._now())
 
     def _publish(self, version: Version) -> PublishedWeights:
         from spin_ray.exchange.weights import BUCKET_BYTES, to_bucket

@@ -15,7 +15,7 @@ from spin_ray.errors import Diverged, RunStopped
 from spin_ray.exchange.pairs import Given
 from spin_ray.learner.batches import batches, learning_rate
 from spin_ray.learner.coordinator import Base, Coordinator, Failure, Joined
-from spin_ray.learner.loop import Grows, RolledBack, Worker, check_numbers, staleness
+from spin_ray.learner.loop import Grows, RolledBack, Worker, check_numbers, drivers_clock, staleness
 from spin_ray.learner.messages import Count, StepRecord, Train, Wish
 from spin_ray.losses import PairObjective
 from spin_ray.records import Saved, Span, Version, opponent_reference
@@ -418,3 +418,14 @@ def test_what_is_not_a_number_stops_the_run(name):
     check_numbers({"loss": 0.5, "grad_norm": 1.0}, 1, 7, 1e-3, "logs")
     with pytest.raises(Diverged, match=rf"iteration 1, step 7: {name} is nan .*smaller spin\.lr"):
         check_numbers({"loss": 0.5, "grad_norm": 1.0, name: float("nan")}, 1, 7, 1e-3, "logs")
+
+
+def test_spans_are_by_the_clock_of_the_driver_s_host(monkeypatch):
+    monkeypatch.setattr("spin_ray.learner.loop.ray.get", lambda value: value)
+    monkeypatch.setattr("spin_ray.learner.loop.time", SimpleNamespace(monotonic=lambda: 7.0, time=lambda: 0.0))
+    now = drivers_clock(SimpleNamespace(now=SimpleNamespace(remote=lambda: 1000.0)))
+    worker, logged = Worker(SimpleNamespace(rank=0), SimpleNamespace(coordinator=None), Joined(BASE, 1, 0), now), []
+    monkeypatch.setattr(worker, "_log", logged.append)
+    with worker._span("save"):
+        monkeypatch.setattr("spin_ray.learner.loop.time.monotonic", lambda: 9.0)
+    assert logged == [Span("main player", "save", 0, 1000.0, 1002.0)]
