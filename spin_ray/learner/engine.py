@@ -422,9 +422,9 @@ def load_model(model_path: str, **options: Any) -> Any:
 
     Raises BadInput for a family that would not be computed exactly, and for weights that cannot be loaded.
     """
+    config = _config_of(model_path)
+    refuse_unsupported(config, model_path)
     try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-        refuse_unsupported(config, model_path)
         return auto_class(config).from_pretrained(
             model_path, config=config, use_safetensors=True, attn_implementation=attention.NAME, trust_remote_code=False, **options
         )
@@ -434,6 +434,15 @@ def load_model(model_path: str, **options: Any) -> Any:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise BadInput(f"{model_path}: its weights have other shapes than its config.json says: {in_one_line(error)}") from error
+
+
+def _config_of(model_path: str) -> Any:
+    if Path(model_path).is_absolute() and not Path(model_path).is_dir():
+        raise BadInput(f"{model_path}: no such folder; every host must have it")
+    try:
+        return AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{model_path}: its config.json cannot be read: {str(error).splitlines()[0]}") from error
 
 
 _BUCKET_ELEMENTS = 50_000_000

@@ -280,3 +280,21 @@ def test_pickled_weights_are_never_opened(tiny_model, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(BadInput, match="no weights in safetensors can be loaded from there: "):
         load_model(str(folder), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("lacks, message", [
+    ("", "no such folder; every host must have it"), ("config.json", "its config.json cannot be read: "),
+    ("model.safetensors", "no weights in safetensors can be loaded from there: .*model.safetensors"),
+    ("half of model.safetensors", "no weights in safetensors can be loaded from there: .*not fully covered"),
+])
+def test_a_folder_that_is_not_whole_on_this_host_is_one_line(tiny_model, tmp_path, lacks, message):
+    from spin_ray.learner.engine import load_model
+
+    folder = shutil.copytree(tiny_model(tied=True), tmp_path / "model")
+    file = folder / lacks.removeprefix("half of ")
+    if lacks.startswith("half"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.unlink() if lacks else shutil.rmtree(folder)
+    with pytest.raises(BadInput, match=f"{folder}: {message}"):
+        load_model(str(folder), dtype=torch.float32)
