@@ -35,9 +35,9 @@ def undisturbed(cluster) -> Path:
 class Job:
     """A run that goes on, seen through what it marks in its directory."""
 
-    def __init__(self, cluster: Cluster, name: str):
+    def __init__(self, cluster: Cluster, name: str, *more: str):
         self.run = cluster.lab.shared / "runs" / name
-        self.process: subprocess.Popen = cluster.submit(*words("conf/demo.yaml", name, *SMALL))
+        self.process: subprocess.Popen = cluster.submit(*words("conf/demo.yaml", name, *SMALL, *more))
 
     def wait_for_step(self, iteration: int, step: int) -> None:
         def there() -> bool:
@@ -46,12 +46,13 @@ class Job:
 
         wait_for(there, f"step {step} of iteration {iteration}")
 
-    def assert_equals(self, undisturbed: Path) -> None:
-        """As in the undisturbed run is every pair, once, and every model."""
-        finished(self.process)
+    def assert_equals(self, undisturbed: Path) -> str:
+        """As in the undisturbed run is every pair, once, and every model. Returns what the job has said."""
+        said = finished(self.process)
         found = compare(undisturbed, self.run)
         near = found.pop("weight_difference") <= WEIGHT_TOLERANCE and found.pop("nll_difference") <= NLL_TOLERANCE
         assert near and not any(found.values()), found
+        return said
 
 
 def test_a_job_plays_over_all_hosts(cluster, undisturbed):
