@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +30,7 @@ from spin_ray.exits import EXIT_INTERRUPTED, ends_in_one_line
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 AGENT_TIMEOUT_S = 180.0
 CONNECT_S = 15.0
-ASK_EVERY_S, SILENT_S = 15.0, 45.0
+ASK_EVERY_S, SILENT_S = 15.0, 120.0
 _REMEDY = "start one with `ray start --head`, or set RAY_API_SERVER_ADDRESS"
 
 
@@ -143,7 +144,7 @@ async def _submitted(client: JobSubmissionClient, address: str, job: dict[str, A
             if "No available agent" not in str(error) or time.monotonic() > begun + AGENT_TIMEOUT_S:
                 raise
             await asyncio.sleep(2)
-        except ConnectionError as error:
+        except OSError as error:
             raise RunStopped(f"{address}: the cluster's job server is gone: {in_one_line(error)}; start the cluster again") from error
 
 
@@ -152,12 +153,13 @@ async def _followed(client: JobSubmissionClient, address: str, job: str) -> int:
     showing = asyncio.ensure_future(_shown(client, job))
     try:
         while not (await asyncio.wait([showing], timeout=ASK_EVERY_S))[0]:
-            await _answered(client.get_job_status, job)  # a head without power does not close the connection that the log comes by
+            with suppress(RuntimeError):  # is an answer too; a head without power does not even close the connection of the log
+                await _answered(client.get_job_status, job)
         await showing
         while not (status := await _answered(client.get_job_status, job)).is_terminal():
             await asyncio.sleep(0.5)
         code = (await _answered(client.get_job_info, job)).driver_exit_code
-    except (ConnectionError, TimeoutError, RuntimeError) as error:  # of a log that breaks off Ray makes a RuntimeError
+    except (OSError, RuntimeError) as error:  # requests' errors are OSErrors; of a log that breaks off Ray makes a RuntimeError
         raise RunStopped(
             f"{address}: the cluster's job server no longer answers: {in_one_line(error)}; the job may go on: "
             f"`ray job logs --follow {job}`; submit the same again where it has ended"
