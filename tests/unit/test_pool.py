@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion
+from spin_ray.errors import EngineFailed, TransferFailed, WeightsLost, WrongVersion
 from spin_ray.records import PublishedWeights, SamplingSettings, Version
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, PLAY, Limits, SamplerPool
@@ -453,6 +453,49 @@ def test_nobody_waits_for_answers_under_weights_that_are_lost():
             await asked
         await pool.load(PublishedWeights(THETA_1, (), 8))
         assert len(await pool.score(THETA_1, prompts(1), prompts(1), AUDIT)) == 1
+
+    run(scenario)
+
+
+class Receives(FakeSampler):
+    """What a sender brings does not arrive; what it fetches does."""
+
+    def __init__(self, version, *, breaks=True):
+        super().__init__(version)
+        self._breaks, self.loaded = breaks, []
+
+    async def load(self, weights):
+        self.loaded.append(weights.sender)
+        if weights.sender and self._breaks:
+            raise TransferFailed(f"{weights.version} did not arrive over gloo: not within weights.timeout_s=1")
+        return await super().load(weights)
+
+
+def test_a_failed_transfer_is_told_counts_as_no_failure_and_is_repeated_without_the_sender():
+    async def scenario():
+        broken, whole, late = Receives(THETA_0), Receives(THETA_0, breaks=False), Receives(THETA_0)
+        ended = []
+
+        def start_anew(handle):
+            handle._target = late
+
+        pool = SamplerPool([Handle(broken), Handle(whole)], THETA_0, Limits(64, max_restarts=0), start_anew, end=ended.append)
+        await pool.start()
+        await pool.ready(2)
+        await pool.release(THETA_0)
+        sent = PublishedWeights(THETA_1, (), 8, sender="sender")
+        assert sorted(await pool.load(sent)) == [0.0, 0.0] and ended == ["sender"]
+        await pool.ready(2)
+        await pool.release(THETA_1)
+        answers = await pool.sample(THETA_1, prompts(8 * CHUNK), SETTINGS)
+        assert {answer.version for answer in answers} == {THETA_1} and late.num_prompts and whole.num_prompts
+        assert (broken.loaded, whole.loaded, late.loaded) == (["sender"], ["sender"], [None])
+        assert await pool.failed_transfers() == ["sampler 0: theta_1 did not arrive over gloo: not within weights.timeout_s=1"]
+        assert await pool.failed_transfers() == [] and await pool.num_restarts() == 1
+        joins = Receives(THETA_0)
+        await pool.add([Handle(joins)])
+        await pool.ready(3)
+        assert joins.loaded == [None]
 
     run(scenario)
 
