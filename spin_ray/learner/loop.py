@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +48,7 @@ from spin_ray.learner.messages import (
 from spin_ray.placement import Hardware, own_devices, own_gpu
 from spin_ray.records import Devices, Pair, PublishedWeights, Saved, Span, Version, opponent_reference
 from spin_ray.storage import Disk, readable_disk_errors
-from spin_ray.transport import transport_of
+from spin_ray.transport import Transport, transport_of
 
 Example = tuple[Pair, np.ndarray]
 """A pair with its references: log p of its answers' parts under theta_t, and perhaps theta_0, [1 or 2, 3, 2] float64, in nats."""
@@ -191,7 +192,6 @@ class Worker:
         self._wish = Wish()
         self._steps_saved = 0
         """Optimizer steps of the progress that is saved, 0 if none is."""
-        self._transport = transport_of(args.weights)
 
     def serve(self) -> None:
         """Carry out the commands from the base's first one on, until a `Stop`."""
@@ -406,6 +406,10 @@ class Worker:
         begin = time.time()
         yield
         self._log_span(activity, begin, time.time())
+
+    @cached_property
+    def _transport(self) -> Transport:
+        return transport_of(self._args.weights)
 
     def _prepare_transport(self) -> None:
         """Before weights are published, at best long before."""

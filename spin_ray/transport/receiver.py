@@ -90,8 +90,8 @@ class Receiver:
         second_names = engine.second_names(weights.tied_names)
         try:
             async with asyncio.timeout(self._timeout_s):
-                await weights.sender.send.remote(weights.buckets, second_names, me, engine.num_workers, self._timeout_s)
-                await asyncio.wrap_future(loading)
+                sent = weights.sender.send.remote(weights.buckets, second_names, me, engine.num_workers, self._timeout_s)
+                await asyncio.gather(sent, asyncio.wrap_future(loading))
         except Exception as error:  # whatever it is: the engine may be blocked in the broadcast, and holds no whole version
             raise TransferFailed(f"{weights.version} did not arrive over {self.backend.name}: {_why(error, self._timeout_s)}") from error
         return time.perf_counter() - begun

@@ -153,7 +153,7 @@ def start(runs, name, *more) -> subprocess.Popen:
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return subprocess.Popen(
         [sys.executable, "-m", "spin_ray", "run", "conf/demo.yaml", f"run.dir={runs}", f"run.name={name}", "spin.num_iterations=2",
-         "data.max_prompts=160", "data.eval=''", "sampler.block_prompts=16", "learner.batch_pairs=16", "sampler.temperature=0", *more],
+         "data.max_prompts=96", "data.eval=''", "sampler.block_prompts=16", "learner.batch_pairs=16", "sampler.temperature=0", *more],
         cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
 
