@@ -7,6 +7,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -21,12 +22,13 @@ from transformers import AutoModelForCausalLM
 from watching import records, wait_for
 
 from spin_ray.config import Config, SamplerConfig, WeightsConfig
-from spin_ray.exchange.weights import to_bucket
+from spin_ray.exchange.weights import BUCKET_BYTES, to_bucket
 from spin_ray.records import PublishedWeights, Saved, Version
 from spin_ray.sampler.pool import start_opponent
 from spin_ray.system import ray_cluster
 from spin_ray.transport.fake import FaultySender
 from spin_ray.transport.gloo import Transport
+from spin_ray.transport.nccl import Transport as Nccl
 from spin_ray.transport.sender import Sender
 
 PROMPT, ANSWER = np.array([3, 50, 60, 70, 1, 4], np.int32), np.arange(40, 60, dtype=np.int32)
@@ -124,6 +126,32 @@ def test_a_transfer_that_breaks_in_the_middle_is_repeated_over_the_object_store(
     assert ray.get(pool.num_restarts.remote()) == restarts + 2
     assert len(engines) == 2 and not any(engine.is_running() for engine in engines)
     assert fault != "hangs" or time.monotonic() - begun > TIMEOUT_S
+
+
+def test_nccl_gets_the_same_requests_with_a_group_of_its_own_for_every_replica(monkeypatch, tiny_model):
+    """All but NCCL itself: vLLM's trainer is the real one, its endpoint and its broadcast are not."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    model, asked, sent, gone = AutoModelForCausalLM.from_pretrained(tiny_model(tied=True), dtype=torch.bfloat16), [], [], []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(destroy=lambda: gone.append(info.master_port)))
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **options: sent.append((dict(iterator), options)))
+    monkeypatch.setattr("spin_ray.transport.sender.ray", SimpleNamespace(
+        get=lambda value, timeout=None: value, util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1")
+    ))
+    sampler = SimpleNamespace(serve_sender=SimpleNamespace(remote=lambda verb, arguments: asked.append((verb, arguments))))
+    sender = object.__new__(Sender)
+    sender._backend = replace(Nccl.backend, device="cpu")
+    bucket, tied = to_bucket((name, p.detach()) for name, p in model.named_parameters()), {"lm_head.weight": "model.embed_tokens.weight"}
+    for _ in range(2):
+        sender._send([bucket], tied, sampler, 2, time.monotonic() + 60)
+    assert [verb for verb, _ in asked] == 2 * ["join_transfer", "begin_transfer", "update_weights", "end_transfer"]
+    joined = [nccl_engine.NCCLWeightTransferInitInfo(**arguments["init_info"]) for verb, arguments in asked if verb == "join_transfer"]
+    assert {(info.rank_offset, info.world_size, info.packed, info.packed_buffer_size_bytes) for info in joined} == {(1, 3, True, BUCKET_BYTES)}
+    assert gone == [info.master_port for info in joined]
+    promised = nccl_engine.NCCLWeightTransferUpdateInfo(**asked[2][1]["update_info"])
+    tensors, options = sent[0]
+    assert list(tensors) == promised.names and set(promised.dtype_names) == {"bfloat16"} and options["buffer_size_bytes"] == BUCKET_BYTES
+    assert torch.equal(tensors["lm_head.weight"], model.model.embed_tokens.weight) and len(tensors) == len(dict(model.named_parameters())) + 1
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 60))

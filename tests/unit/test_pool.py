@@ -500,6 +500,25 @@ def test_a_failed_transfer_is_told_counts_as_no_failure_and_is_repeated_without_
     run(scenario)
 
 
+def test_weights_that_are_lost_in_a_transfer_are_lost_to_who_fetches_them_too():
+    """The learner's worker dies, and with it its sender and what it has published: the next group publishes again."""
+    async def scenario():
+        class Joins(Receives, Loses):
+            pass
+
+        ended = []
+        pool = SamplerPool([Handle(Receives(THETA_0))], THETA_0, Limits(64), lambda handle: setattr(handle, "_target", Joins(THETA_0)), end=ended.append)
+        await pool.start()
+        await pool.ready()
+        await pool.load(PublishedWeights(THETA_1, (), 0, sender="first"))
+        with pytest.raises(WeightsLost):
+            await pool.score(THETA_1, prompts(1), prompts(1), AUDIT)
+        await pool.load(PublishedWeights(THETA_1, (), 8, sender="second"))
+        assert len(await pool.score(THETA_1, prompts(1), prompts(1), AUDIT)) == 1 and ended == ["first", "second"]
+
+    run(scenario)
+
+
 class Sleeper(FakeSampler):
     """Remembers what it was told; at the verb `fails` its process dies, and Ray starts another one."""
 
