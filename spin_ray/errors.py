@@ -27,6 +27,10 @@ class EngineFailed(RunStopped):
     """A sampler's engine is broken: nothing that was asked of it will be answered, and nothing will be until it starts anew."""
 
 
+class TransferFailed(EngineFailed):
+    """New weights did not get into an engine by `weights.transport`: its process may be blocked in it for good, and starts anew."""
+
+
 class WeightsLost(RunStopped):
     """Published weights cannot be had: the learner's worker that held them died before a sampler had loaded them, or they are late."""
 

@@ -163,10 +163,11 @@ class Opponent:
         self._evaluations.make_way(weights.version)
         begun = time.monotonic()
         seconds = max(self._ask("load", weights), default=0.0)
-        metrics = {
-            "load_s": seconds, "total_s": time.monotonic() - begun, "gib_per_s": weights.num_bytes / 2**30 / max(seconds, 1e-9),
-            "from_run_dir": float(weights.saved_at is not None),
-        }
+        metrics = {"load_s": seconds, "total_s": time.monotonic() - begun, "from_run_dir": float(weights.saved_at is not None)}
+        if seconds:  # else no replica has them yet
+            metrics["gib_per_s"] = weights.num_bytes / 2**30 / seconds
+        if weights.sender:
+            metrics["num_failed_transfers"] = self._reporting.fell_back(self._ask("failed_transfers"))
         self._reporting.tracker.log("sync", metrics, opponent_version=weights.version.number)
 
     def _probe(self) -> Score:

@@ -5,11 +5,13 @@ Everything else takes a `Hardware` and does not ask.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spin_ray.config import Config
+from spin_ray.config.weights import DEVICES
 from spin_ray.errors import BadInput
 from spin_ray.nodes import Actors, Node, check_fit, total
 from spin_ray.records import Devices
@@ -95,11 +97,13 @@ def choose_hardware(
     takes_turns = samplers and learner and _takes_turns(config, num_gpus, sampler_gpus, learner_gpus, may_grow=may_grow)
     if takes_turns and config.learner.fewest < config.learner.most:
         raise BadInput(
-            f"learner.num_workers={config.learner.num_workers} does not go with players that take turns (placement.mode=shared): the samplers "
-            "would wait for devices that come and go; give one number"
+            f"learner.num_workers={config.learner.num_workers} does not go with players that take turns (placement.mode=shared): the "
+            "samplers would wait for devices that come and go; give one number"
         )
     if takes_turns and sampler_gpus:
         sampler_gpus, learner_gpus = SAMPLER_SHARE, LEARNER_SHARE
+    if samplers and learner:
+        _check_transport(config.weights.transport, sampler_gpus, learner_gpus, takes_turns=takes_turns)
     blocks_in_flight = 2 * sampler.most * samplers * -(-sampler.max_num_seqs // sampler.block_prompts) + 1
     players = [
         Actors("sampler", num_replicas, {"GPU": sampler_gpus, "CPU": sampler.cpus_per_replica}, sampler.label_selector),
@@ -143,6 +147,17 @@ def _takes_turns(config: Config, num_gpus: float, sampler_gpus: float, learner_g
     return mode == "shared" or (mode == "auto" and num_gpus == sampler_gpus == learner_gpus == 1 and not may_grow)
 
 
+def _check_transport(transport: str, sampler_gpus: float, learner_gpus: float, *, takes_turns: bool) -> None:
+    name, device = f"weights.transport={transport}", DEVICES[transport]
+    if device and takes_turns:
+        raise BadInput(f"{name} does not go with players that take turns on the same devices; set weights.transport=object_store")
+    if (device == "GPU" and not (sampler_gpus and learner_gpus)) or (device == "CPU" and (sampler_gpus or learner_gpus)):
+        raise BadInput(
+            f"{name} wants both players on {device}s, and here a sampler has {sampler_gpus:g} GPUs, a learner's worker {learner_gpus:g}; "
+            "set weights.transport=object_store"
+        )
+
+
 def nodes_of_cluster() -> list[Node]:
     """Of the cluster that this process has joined."""
     import ray
@@ -173,6 +188,16 @@ def own_devices() -> Devices:
     import ray
 
     return tuple((ray.get_runtime_context().get_node_id(), int(number)) for number in ray.get_gpu_ids())
+
+
+def own_gpu(hardware: Hardware) -> str:
+    """What CUDA_VISIBLE_DEVICES must be in a process that is to use this worker's GPU; empty on a CPU."""
+    if hardware.device == "cpu":
+        return ""
+    import torch
+
+    visible, index = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.current_device()
+    return visible.split(",")[index] if visible else str(index)
 
 
 def play_processes(blocks_in_flight: int) -> int:

@@ -179,6 +179,8 @@ class PublishedWeights:
     """The buckets hold an adapter alone, and this is its adapter_config.json."""
     saved_at: Saved | None = None
     """Where the same weights lie, to be read instead of the buckets once they are there."""
+    sender: Any | None = None
+    """Actor that brings the buckets to each sampler that asks it (`weights.transport`); None: samplers fetch them."""
 
 
 def real_only(prompt: Prompt, version: int) -> Pair:

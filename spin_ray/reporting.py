@@ -143,6 +143,12 @@ class Reporting:
         self.terminal.say(f"samplers: {samplers} from now on; {need:.2f} would keep up with the main player")
         self.tracker.log("sampler", {"num_replicas": samplers, "needed_replicas": need}, iteration=t)
 
+    def fell_back(self, failed: Sequence[str]) -> int:
+        """New weights that did not get to samplers by `weights.transport`; how many of them."""
+        for what in failed:
+            self.terminal.say(f"{what}; its process starts anew and fetches them from the object store; see logs/sender.log")
+        return len(failed)
+
     def draw_timeline(self) -> None:
         """timeline.png: what both players did when, of all sessions of this run."""
         if picture := self._timeline.draw():

@@ -16,7 +16,7 @@ _WORDS = "Hello there\nHello again"
 
 
 def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str = "") -> tuple[Any, str]:
-    """The tokenizer of a model folder or hub name, with another chat template, if its text is given, and a line to print ("" if there is none).
+    """The tokenizer of a model folder or hub name, with another chat template, if its text is given, and a line to print ("": none).
 
     transformers chooses a class by `tokenizer_class` and may build another tokenizer than tokenizer.json says (a Llama
     tokenizer over a byte-level vocabulary loses every space). Then what the file says is loaded, and the line says so.

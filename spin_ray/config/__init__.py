@@ -19,9 +19,11 @@ from spin_ray.config.schema import Config, check
 from spin_ray.config.spin import DpoConfig, PairLossConfig, SftConfig, SpinConfig
 from spin_ray.config.tracking import TrackingConfig, WandbConfig
 from spin_ray.config.values import changes_result, differences, flatten, to_json
+from spin_ray.config.weights import WeightsConfig
 
 __all__ = [
     "AuditConfig", "Config", "DataConfig", "DpoConfig", "GuardConfig", "LearnerConfig", "LoraConfig", "ModelConfig", "OverlapConfig",
     "PairLossConfig", "PlacementConfig", "ReferenceConfig", "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig",
-    "WandbConfig", "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml", "to_json", "with_overrides",
+    "WandbConfig", "WeightsConfig", "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml", "to_json",
+    "with_overrides",
 ]

@@ -70,6 +70,6 @@ class LearnerConfig:
             raise BadInput(f"learner.batch_pairs={self.batch_pairs}: fewer pairs than learner.num_workers={self.num_workers} has workers")
         if self.optimizer == "adamw_8bit":
             raise BadInput(
-                f"learner.num_workers={self.num_workers} does not go with learner.optimizer=adamw_8bit: its moments cannot be cut for another "
-                "number of workers; give one number, or another optimizer"
+                f"learner.num_workers={self.num_workers} does not go with learner.optimizer=adamw_8bit: its moments cannot be cut for "
+                "another number of workers; give one number, or another optimizer"
             )

@@ -33,9 +33,6 @@ class SamplerConfig:
     heartbeat_timeout_s: float = at_least(0, 300.0)
     """Seconds without a sign of life of a replica that owes answers, or that its engine is at one step, after which it counts as
     hanging; 0: only `request_timeout_s` tells."""
-    transfer_timeout_s: float = at_least(1, 60.0)
-    """Seconds without one more bucket (256 MiB) of new weights from the learner's host, after which a replica reads them in the run
-    directory, as soon as they are there."""
     max_restarts: int = at_least(0, 5)
     """Restarts of replicas that are put up with within `restart_window_s`; one more stops the run with the first error."""
     restart_window_s: float = at_least(0, 600.0)

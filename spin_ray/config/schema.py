@@ -18,6 +18,7 @@ from spin_ray.config.run import RunConfig
 from spin_ray.config.sampler import SamplerConfig
 from spin_ray.config.spin import DpoConfig, SftConfig, SpinConfig
 from spin_ray.config.tracking import TrackingConfig
+from spin_ray.config.weights import WeightsConfig
 from spin_ray.errors import BadInput
 
 PRESETS = ("paper", "careful")
@@ -41,6 +42,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -88,10 +90,25 @@ def check(config: Config) -> None:
         _check_quantization(config)
     if config.learner.optimizer == "adamw_8bit":
         _need_bitsandbytes("learner.optimizer=adamw_8bit")
+    if config.weights.transport != "object_store":
+        _check_transport(config)
     if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":
         raise BadInput(
             "overlap.mode=lookahead does not go with reference.scorer=learner: blocks are played ahead so that training can start "
             "at once, but that scorer starts only when all blocks are there; choose opponent or frozen"
+        )
+
+
+def _check_transport(config: Config) -> None:
+    name, other = f"weights.transport={config.weights.transport}", "weights.transport=object_store"
+    if (config.lora.rank or config.model.adapter) and config.lora.sync == "adapter":
+        raise BadInput(f"{name} does not go with lora.sync=adapter, of which only an adapter travels; set {other}, or lora.sync=merged")
+    if config.placement.mode == "shared":
+        raise BadInput(f"{name} does not go with placement.mode=shared, where both players are on the same devices; set {other}")
+    if config.weights.timeout_s > config.sampler.request_timeout_s:
+        raise BadInput(
+            f"weights.timeout_s={config.weights.timeout_s:g} is longer than "
+            f"sampler.request_timeout_s={config.sampler.request_timeout_s:g}, after which the replica would count as hanging"
         )
 
 

@@ -14,8 +14,8 @@ RESUME_MAY_CHANGE = (
     "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.gpu", "sampler.cpus_per_replica", "sampler.max_num_seqs",
     "sampler.request_timeout_s", "sampler.heartbeat_timeout_s", "sampler.max_restarts", "sampler.restart_window_s",
     "learner.num_workers", "learner.gpus_per_worker", "learner.cpus_per_worker", "sampler.label_selector",
-    "sampler.transfer_timeout_s", "learner.label_selector", "learner.pack_tokens", "learner.activation_checkpointing",
-    "learner.checkpoint_every_steps", "learner.max_restarts", "learner.compile", "placement.", "cluster.",
+    "learner.label_selector", "learner.pack_tokens", "learner.activation_checkpointing",
+    "learner.checkpoint_every_steps", "learner.max_restarts", "learner.compile", "placement.", "cluster.", "weights.",
 )
 """Keys that say where and on what a run is computed, how it is followed, kept and given up: not what it computes, but for float noise.
 Not among them: what DeepSpeed's checkpoints are made by (learner.zero_stage, offload_optimizer)."""

@@ -1,12 +1,12 @@
 """As many workers as there is room for, within the bounds of `learner.num_workers`: Ray Train's elastic scaling, by what is free.
 
-Ray Train's own policy counts what the nodes have, so it would wait for the samplers' GPUs; and it ends a group of workers at any moment, with the
-steps since its last progress. So here
+Ray Train's own policy counts what the nodes have, so it would wait for the samplers' GPUs; and it ends a group of workers at any moment,
+with the steps since its last progress. So here
 
 | when | the number of workers |
 |---|---|
-| a group starts, also after a death | what fits on the nodes that `learner.label_selector` means, as soon as that has been the same for SETTLED_S |
-| there is room for more | the coordinator is told, every MONITOR_S; the group saves its progress after a step, ends, and the next one is larger |
+| a group starts, also after a death | what fits on the nodes of `learner.label_selector`, as soon as that has stayed the same for SETTLED_S |
+| there is room for more | the coordinator is told, every MONITOR_S; the group saves its progress after a step and ends; the next is larger |
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Learner:
             chat_template=read_template(config.model.chat_template), quantized=bool(config.model.quantization),
             publish_adapter=bool(saved.adapter) and config.lora.sync == "adapter",
             seed=config.run.seed, log_dir=str(logs), storage=storage, make_player=make_player,
-            proof_pairs=proof_pairs, rollback_lr_factor=config.guard.rollback_lr_factor,
+            proof_pairs=proof_pairs, rollback_lr_factor=config.guard.rollback_lr_factor, weights=config.weights,
         )
         self._failed = False
         self._max_failures = config.learner.max_restarts + config.guard.max_rollbacks  # the coordinator tells them apart

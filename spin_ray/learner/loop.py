@@ -14,7 +14,8 @@ import socket
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ import numpy as np
 import ray
 
 from spin_ray.chatter import redirect_output
-from spin_ray.config import LearnerConfig
+from spin_ray.config import LearnerConfig, WeightsConfig
 from spin_ray.errors import BadInput, Diverged, RunStopped
 from spin_ray.imports import without_gc
 from spin_ray.interrupt import Interrupted
@@ -45,9 +46,10 @@ from spin_ray.learner.messages import (
     TrainReport,
     Wish,
 )
-from spin_ray.placement import Hardware, own_devices
+from spin_ray.placement import Hardware, own_devices, own_gpu
 from spin_ray.records import Devices, Pair, PublishedWeights, Saved, Span, Version, opponent_reference
 from spin_ray.storage import Disk, readable_disk_errors
+from spin_ray.transport import Transport, transport_of
 
 Example = tuple[Pair, np.ndarray]
 """A pair with its references: log p of its answers' parts under theta_t, and perhaps theta_0, [1 or 2, 3, 2] float64, in nats."""
@@ -77,6 +79,8 @@ class WorkerArgs:
     """Pairs on which the model is compared with plain transformers before the first step."""
     rollback_lr_factor: float = 1.0
     """What each rollback multiplies the learning rate by."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """How new weights get to the samplers."""
 
 
 def make_main_player(args: WorkerArgs, base: Base) -> Any:
@@ -268,6 +272,7 @@ class Worker:
 
     def _train(self, command: Train) -> TrainReport:
         self._iteration = command.iteration
+        self._prepare_transport()
         config, started = self._args.config, time.perf_counter()
         feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span, self._now)
         blocks = self._scored(list(feed) if command.wait_for_all else feed, command)
@@ -283,6 +288,7 @@ class Worker:
             if snapshot and step >= snapshot[0]:  # later only where progress was taken up behind it
                 self.answer(snapshot[1], self._publish(snapshot[1]))
                 snapshot = None
+                self._prepare_transport()
             lr = learning_rate(step, total_steps, peak=peak, warmup_fraction=config.warmup_fraction)
             pairs, references = [pair for pair, _ in batch], np.array([reference for _, reference in batch])
             begun = time.perf_counter()
@@ -420,6 +426,16 @@ class Worker:
         yield
         self._log_span(activity, begin, self._now())
 
+    @cached_property
+    def _transport(self) -> Transport:
+        return transport_of(self._args.weights)
+
+    def _prepare_transport(self) -> None:
+        """Before weights are published, at best long before."""
+        if self._player.rank == 0:
+            log, env = f"{self._args.log_dir}/sender.log", self._args.hardware.sampler_env
+            self._transport.prepare(log_path=log, env=env, gpu=own_gpu(self._args.hardware))
+
     def _publish(self, version: Version) -> PublishedWeights:
         from spin_ray.exchange.weights import BUCKET_BYTES, to_bucket
 
@@ -434,7 +450,8 @@ class Worker:
                 bucket = to_bucket(tensors)
                 num_bytes += bucket.num_bytes
                 buckets.append(ray.put(bucket))
-        return PublishedWeights(version, tuple(buckets), num_bytes, player.tied_names, adapter)
+        self._prepare_transport()
+        return PublishedWeights(version, tuple(buckets), num_bytes, player.tied_names, adapter, sender=self._transport.sender())
 
     def _save(self, command: Save) -> None:
         from spin_ray.exchange.weights import BUCKET_BYTES

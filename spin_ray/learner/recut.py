@@ -24,7 +24,7 @@ _GROUPS_AND_FLATS = (
     ("fp16_groups", "fp32_partitioned_groups_flat"), ("bit16_groups", "single_partition_of_fp32_groups"),
     ("bf16_groups", "fp32_groups_flat_partition"),
 )
-"""What DeepSpeed's three optimizers call their groups of parameters and this rank's flat masters of each: ZeRO-3, ZeRO-1 and 2, bfloat16."""
+"""What DeepSpeed's optimizers call their groups of parameters and this rank's flat masters of each: ZeRO-3, ZeRO-1 and 2, bfloat16."""
 MASTERS = "masters"
 """Our key of the fp32 weights, beside the optimizer's keys of its moments."""
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 
 from spin_ray.chatter import redirect_output
-from spin_ray.errors import BadInput, EngineFailed, WeightsLate, WeightsLost
+from spin_ray.config import WeightsConfig
+from spin_ray.errors import BadInput, EngineFailed
 from spin_ray.imports import without_gc
 from spin_ray.placement import MEMORY_SHARE, own_devices
 from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Version
 from spin_ray.storage import DISK, Disk
+from spin_ray.transport import transport_of
 
 if TYPE_CHECKING:
     from spin_ray.sampler.engine import OpponentEngine
@@ -42,10 +39,10 @@ class SamplerArgs:
     env: Mapping[str, str]
     storage: Disk = DISK
     """What brings the run's own models to this node."""
-    transfer_timeout_s: float = math.inf
-    """Seconds without one more bucket of published weights, after which they are late."""
     try_reload: bool = False
     """Whether to try at the start if this model's weights can be replaced."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """How new ones come."""
 
 
 class Sampler:
@@ -58,6 +55,7 @@ class Sampler:
         redirect_output(args.log_path)
         os.environ.update(args.env)
         self._args, self._storage = args, args.storage
+        self._transport, self._object_store = (transport_of(way) for way in (args.weights, replace(args.weights, transport="object_store")))
         self._started: OpponentEngine | None = None
 
     @property
@@ -69,7 +67,7 @@ class Sampler:
 
     def _start(self) -> None:
         args, saved = self._args, self._args.saved.fetched(self._storage)
-        settings = dict(args.engine)
+        settings = {**args.engine, **self._transport.engine_settings()}
         if settings.get("gpu_memory_utilization", 0) is None:
             settings["gpu_memory_utilization"] = _share_beside_a_learner_at_rest()
         with without_gc():
@@ -129,58 +127,15 @@ class Sampler:
     async def load(self, weights: PublishedWeights) -> float:
         """Load a published version in place; returns the seconds it took, waiting for answers under way not counted.
 
-        Raises WeightsLost if they have gone with the process that published them, WeightsLate if they do not come; the engine keeps
-        what it has.
+        Raises WeightsLost if they have gone with the process that published them, WeightsLate if they do not come, and the engine keeps
+        what it has; TransferFailed if a sender could not bring them, and this process must end.
         """
-        started: list[float] = []
-        buckets = await self._arrived(weights)
-        saved = await asyncio.to_thread(weights.saved_at.fetched, self._storage) if weights.saved_at else None
-        if weights.adapter or (saved and saved.adapter):
-            loading = self._engine.load_adapter(weights.version, lambda: self._adapter(weights, buckets, saved, started))
-        else:
-            loading = self._engine.load(weights.version, lambda: self._tensors(weights, buckets, saved, started))
-        await asyncio.wrap_future(loading)
-        return time.perf_counter() - started[0]
+        way = self._transport if weights.sender else self._object_store
+        return await way.load(self._engine, weights, self._storage)
 
-    async def _arrived(self, weights: PublishedWeights) -> list[Any]:
-        """Its buckets, one after the other: side by side all of them would be under way for as long as the last one."""
-        limit, buckets = self._args.transfer_timeout_s, []
-        try:
-            for reference in weights.buckets:
-                buckets.append(await asyncio.wait_for(_fetched(reference), limit))
-        except ray.exceptions.OwnerDiedError as error:
-            raise WeightsLost(f"the weights of {weights.version} went with the learner's worker that held them") from error
-        except TimeoutError as error:
-            raise WeightsLate(
-                f"of the weights of {weights.version}, {len(weights.buckets)} buckets, number {len(buckets) + 1} has not come from the "
-                f"learner's host to {socket.gethostname()} within {limit:g} s (sampler.transfer_timeout_s)"
-            ) from error
-        return buckets
-
-    def _adapter(self, weights: PublishedWeights, buckets: Sequence[Any], saved: Saved | None, started: list[float]) -> Any:
-        from spin_ray.exchange.adapters import AdapterFiles, read_adapter
-        from spin_ray.exchange.weights import from_bucket
-
-        started.append(time.perf_counter())
-        if saved:
-            return read_adapter(Path(saved.adapter))
-        return AdapterFiles(weights.adapter, dict(entry for bucket in buckets for entry in from_bucket(bucket, {})))
-
-    def _tensors(
-        self, weights: PublishedWeights, buckets: Sequence[Any], saved: Saved | None, started: list[float]
-    ) -> Iterator[tuple[str, Any]]:
-        from spin_ray.exchange.weights import from_bucket, from_folder
-
-        started.append(time.perf_counter())
-        second_names = self._engine.second_names(weights.tied_names)
-        if saved:
-            yield from from_folder(Path(saved.model), second_names)
-        for bucket in buckets:
-            yield from from_bucket(bucket, second_names)
-
-
-async def _fetched(reference: Any) -> Any:
-    return await reference
+    async def serve_sender(self, verb: str, arguments: Mapping[str, Any]) -> None:
+        """What a sender asks of the engine while `load` waits for it."""
+        await self._transport.serve(verb, arguments)
 
 
 def _share_beside_a_learner_at_rest() -> float:

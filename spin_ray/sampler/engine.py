@@ -37,7 +37,9 @@ class OpponentEngine:
         self.version, self._saved = version, saved
         adapter = read_adapter(Path(saved.adapter)) if saved.adapter else None
         self._max_model_len = max_model_len
-        self._several_processes = settings.get("tensor_parallel_size", 1) > 1
+        self.num_workers = settings.get("tensor_parallel_size", 1)
+        """vLLM's, that share the model."""
+        self._several_processes = self.num_workers > 1
         self._frees_memory = settings.get("enable_sleep_mode", False)
         self._engine = LLMEngine.from_engine_args(EngineArgs(
             model=saved.model, dtype=dtype, max_model_len=max_model_len, seed=seed, disable_log_stats=True,
@@ -112,6 +114,10 @@ class OpponentEngine:
     def load_adapter(self, version: Version, files: Callable[[], AdapterFiles]) -> Future[Version]:
         """The same for an engine that has an adapter: that alone is replaced."""
         return self._swap(version, lambda: self._take_adapter(files()))
+
+    def take_over(self, version: Version, replace: Callable[[Callable[..., Any]], None]) -> Future[Version]:
+        """The same by whatever `replace` has vLLM's workers do: it gets `collective_rpc`, and returns when all weights are new."""
+        return self._swap(version, lambda: replace(self._engine.collective_rpc))
 
     def _swap(self, version: Version, replace: Callable[[], None]) -> Future[Version]:
         future: Future[Version] = Future()

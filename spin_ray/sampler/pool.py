@@ -9,7 +9,7 @@ One async actor with no CPU of its own; nothing but token ids and log-probs pass
 | `load` | the replicas | the last answer that the present version owes; evaluation that no replica has begun is put off |
 | evaluation put off | its version | `load_again` |
 | `load_again` | the replicas | the last answer that the present version owes; a newer `load`, over which it does nothing |
-| a replica that joins late | the present weights | its own load of them, or if they are lost the next `load` or `saved` |
+| a replica that joins late, or whose transfer failed | the present weights | its own load, or if they are lost the next `load` or `saved` |
 | `sleep` | all replicas | the last one that starts, and the last answer that the present version owes |
 | everything else, while they sleep; a replica that joins in place of another | the devices | `wake` |
 | the heartbeat | a sign of life of a replica that owes something | the replica; or, past `heartbeat_timeout_s`, its new start |
@@ -41,7 +41,7 @@ import ray
 
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config, at
-from spin_ray.errors import EngineFailed, WeightsLost, WrongVersion, in_one_line
+from spin_ray.errors import EngineFailed, TransferFailed, WeightsLost, WrongVersion, in_one_line
 from spin_ray.placement import Hardware, beside_driver
 from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
@@ -77,13 +77,13 @@ def start_opponent(
             saved=saved, version=Version(version), dtype=hardware.dtype, max_model_len=max_model_len,
             seed=config.run.seed + 1000 * version + replica,  # a resumed run must not draw its first iteration's numbers again
             log_path=str(logs / f"sampler-{replica}.log"), engine=settings, env=hardware.sampler_env,
-            storage=storage, transfer_timeout_s=config.sampler.transfer_timeout_s, try_reload=reloads and version == 0,
+            storage=storage, try_reload=reloads and version == 0, weights=config.weights,
         ))
 
     sampler, fleet = config.sampler, Fleet(start)
     limits = Limits(
         sampler.max_num_seqs, sampler.request_timeout_s, sampler.max_restarts, sampler.restart_window_s,
-        heartbeat_timeout_s=sampler.heartbeat_timeout_s or math.inf, transfer_timeout_s=sampler.transfer_timeout_s,
+        heartbeat_timeout_s=sampler.heartbeat_timeout_s or math.inf, bucket_timeout_s=config.weights.bucket_timeout_s,
     )
     return start_pool(fleet.more(sampler.fewest), Version(version), limits), fleet
 
@@ -124,7 +124,7 @@ class Limits:
     """... within this many seconds."""
     heartbeat_timeout_s: float = math.inf
     """Seconds without a sign of life of a replica that owes something, or of its engine, after which it counts as hanging."""
-    transfer_timeout_s: float = 0.0
+    bucket_timeout_s: float = 0.0
     """Seconds that a bucket of new weights may take before the replica itself says that it is late."""
 
 
@@ -188,6 +188,8 @@ class SamplerPool:
         self._first_version, self._limits, self._restart, self._end = version, limits, restart, end
         self._failures: deque[tuple[float, BaseException]] = deque()
         """(when, error) of what led to restarts within the window."""
+        self._failed_transfers: list[str] = []
+        """Whom a sender could not bring the weights, and why; no failure, as such a replica fetches them."""
         self._num_restarts = 0
         self._replicas = [_Replica(number, handle, version) for number, handle in enumerate(samplers)]
         self._num_replicas = len(self._replicas)
@@ -305,11 +307,14 @@ class SamplerPool:
                 await self._load_all(weights)
 
     async def _load_all(self, weights: PublishedWeights) -> list[float]:
-        self._version, self._weights, self._lost = weights.version, weights, None
+        sender, fetched = weights.sender, dataclasses.replace(weights, sender=None)
+        self._version, self._weights, self._lost = weights.version, fetched, None  # who joins is not sent to
         await self._note_change()
-        loads = [self._spawn(self._load(replica)) for replica in self._replicas if replica.joined and not replica.leaving]
+        loads = [self._spawn(self._load(replica, sender)) for replica in self._replicas if replica.joined and not replica.leaving]
         if loads:
             await asyncio.wait(loads)  # all of them, also if one fails: none may overtake a later load
+        if sender is not None:
+            self._end(sender)  # whatever it may hang in
         await self._note_change()
         return [load.result() for load in loads]
 
@@ -365,6 +370,11 @@ class SamplerPool:
     async def num_restarts(self) -> int:
         """Replicas started anew so far."""
         return self._num_restarts
+
+    async def failed_transfers(self) -> list[str]:
+        """Since the last call, of replicas that a sender could not bring the weights: which one and why."""
+        failed, self._failed_transfers = self._failed_transfers, []
+        return failed
 
     async def spans(self) -> list[Span]:
         """What the replicas have been busy with since the last call."""
@@ -461,8 +471,11 @@ class SamplerPool:
         replica.joined, replica.loading = False, False
         replica.version, replica.weights = self._first_version, None
         replica.lives, now = replica.lives + 1, time.monotonic()
-        self._failures.append((now, _in_words(replica, error)))
-        while now - self._failures[0][0] > self._limits.restart_window_s:
+        if isinstance(error, TransferFailed):
+            self._failed_transfers.append(f"sampler {replica.number}: {_said_by(error)}")
+        else:
+            self._failures.append((now, _in_words(replica, error)))
+        while self._failures and now - self._failures[0][0] > self._limits.restart_window_s:
             self._failures.popleft()
         if not isinstance(error, ray.exceptions.RayActorError):  # a dead one is being started anew already
             self._restart(replica.handle)  # also when it is the last time: who waits for what hangs in it must hear of it
@@ -493,13 +506,14 @@ class SamplerPool:
             self._error = self._error or error
         await self._note_change()
 
-    async def _load(self, replica: _Replica) -> float:
+    async def _load(self, replica: _Replica, sender: Any = None) -> float:
         weights, begin, life = self._weights, time.time(), replica.lives
         assert weights is not None
         replica.loading = True
-        limit = self._limits.request_timeout_s + len(weights.buckets) * self._limits.transfer_timeout_s
+        limit = self._limits.request_timeout_s + len(weights.buckets) * self._limits.bucket_timeout_s
         try:
-            seconds = await asyncio.wait_for(_done(replica.handle.load.remote(weights)), limit)
+            asked = replica.handle.load.remote(dataclasses.replace(weights, sender=sender))
+            seconds = await asyncio.wait_for(_done(asked), limit)
         except BROKEN as error:
             self._start_anew(replica, life, error)
             return 0.0
@@ -561,5 +575,10 @@ def _in_words(replica: _Replica, error: BaseException) -> EngineFailed:
     elif isinstance(error, ray.exceptions.RayActorError):
         what = f"died: {in_one_line(error)}"
     else:
-        what = str(getattr(error, "cause", error))  # without Ray's traceback, where it came from another process
+        what = _said_by(error)
     return EngineFailed(f"sampler {replica.number}: {what}; see logs/sampler-{replica.number}.log, and sampler.max_restarts")
+
+
+def _said_by(error: BaseException) -> str:
+    """Without Ray's traceback, where it came from another process."""
+    return str(getattr(error, "cause", error))

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +19,8 @@ class WorkerExtension:
 
     model_runner: Any
     device: torch.device
+    weight_transfer_engine: Any
+    parallel_config: Any
 
     def module_names(self) -> list[str]:
         """Names of all parts of the model, the shared ones under each of their names."""
@@ -38,8 +42,7 @@ class WorkerExtension:
         def load_all(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
             loaded = load_weights(weights)
             if kept := [name for name in _kept(model) if not (trial and name in shared)]:
-                parts = f"{len(kept)} parts keep theirs, first {kept[0]}"
-                raise RuntimeError(f"vLLM cannot replace all weights of a {type(model).__name__}: {parts}")
+                raise RuntimeError(_cannot_replace(model, kept))
             return loaded
 
         model.load_weights = load_all
@@ -47,6 +50,32 @@ class WorkerExtension:
             self.model_runner.reload_weights(weights_iterator=tensors, weights_path=folder)
         finally:
             del model.load_weights
+
+    def join_transfer(self, init_info: dict[str, Any]) -> None:
+        """Join a sender's group. Several workers are processes that, blocked, would outlive the engine's: from here on they do not."""
+        self._transfer_over = threading.Event()
+        if self.parallel_config.world_size > 1:
+            threading.Thread(target=end_with, args=(os.getppid(), self._transfer_over), name="end_with", daemon=True).start()
+        self.init_weight_transfer_engine(init_info)
+        if getattr(self.weight_transfer_engine.model_update_group, "disabled", False):
+            raise RuntimeError("there is no NCCL library, or VLLM_DISABLE_PYNCCL is set: nothing would be received, and nobody told")
+
+    def begin_transfer(self) -> None:
+        """Before all weights come by vLLM's weight-transfer engine."""
+        if self.device.type == "cpu":
+            _pack_experts_anew(self.model_runner.get_model())
+        self.start_weight_update()
+
+    def end_transfer(self) -> None:
+        """When all have come; leaves the group. Raises RuntimeError naming what keeps its old weights, as `reload_opponent`."""
+        model = self.model_runner.get_model()
+        if kept := _kept(model):
+            raise RuntimeError(_cannot_replace(model, kept))
+        self.finish_weight_update()
+        self.model_runner.reset_encoder_cache()
+        self.model_runner.reset_mm_cache()
+        self.shutdown_weight_transfer_engine()
+        self._transfer_over.set()
 
     def take_adapter(
         self, number: int, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None, folder: str | None = None
@@ -69,6 +98,16 @@ class WorkerExtension:
 
         held = {number: (tensors, config)}
         manager._load_adapter = load
+
+
+WATCH_S = 0.5
+
+
+def end_with(parent: int, over: threading.Event) -> None:
+    """End this process, whatever it is blocked in, when its parent has ended before `over` is set."""
+    while not over.wait(WATCH_S):
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -107,6 +146,10 @@ def _kept(model: torch.nn.Module) -> list[str]:
         if any(each is not None for each in module._parameters.values()) and not is_deferred_attention_layer(module)
     ]
     return [name for name, _, info in waiting if info.can_load() and info.load_numel_total and not info.load_numel]
+
+
+def _cannot_replace(model: torch.nn.Module, kept: list[str]) -> str:
+    return f"vLLM cannot replace all weights of a {type(model).__name__}: {len(kept)} parts keep theirs, first {kept[0]}"
 
 
 def _shared(model: torch.nn.Module) -> set[str]:

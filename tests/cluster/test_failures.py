@@ -61,12 +61,12 @@ def test_a_job_waits_for_a_host_and_says_for_which(late):
 
 def test_the_link_between_learner_and_samplers_is_cut_for_good(cluster, late):
     hosts = [cluster.nodes[name] for name in ("learn1", "play1", "play2")]
-    job = Job(cluster, "cut", "sampler.transfer_timeout_s=10")
+    job = Job(cluster, "cut", "weights.bucket_timeout_s=10")
     job.wait_for_step(0, 3)
     cluster.lab.cut(*hosts)
     said = job.assert_equals(late[0])
     cluster.lab.mend(*hosts)
-    assert said.count("within 10 s (sampler.transfer_timeout_s); the samplers read them in the run directory") == 2
+    assert said.count("within 10 s (weights.bucket_timeout_s); the samplers read them in the run directory") == 2
     assert [r["sync/from_run_dir"] for r in records(job.run, "metrics.jsonl") if "sync/from_run_dir" in r][:2] == [1, 1]
 
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "spin_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 VENDORS = {
-    "vllm": ("sampler/", "bench/script_way.py"), "deepspeed": ("learner/",), "peft": ("learner/adapter.py", "bench/contestants.py"), "bitsandbytes": ("learner/quantized.py",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",),
+    "vllm": ("sampler/", "transport/", "bench/script_way.py"), "deepspeed": ("learner/",), "peft": ("learner/adapter.py", "bench/contestants.py"), "bitsandbytes": ("learner/quantized.py",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",),
 }
 
 
@@ -36,7 +36,7 @@ LAYERS = [
      "chatter.py", "placement.py", "nodes.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
      "places.py", "address.py", "turns.py", "room.py", "scaling.py"),
-    ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
+    ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("transport/",), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
     ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",),
     ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
     ("selfplay.py",), ("demo/tasks.py",), ("study/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),

@@ -88,6 +88,21 @@ def test_bad_values_get_one_clear_line(minimal, override, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("overrides, message", [
+    (["weights.transport=rdma"], "choose one of object_store, nccl, gloo"),
+    (["weights.transport=nccl", "lora.rank=8"], "weights.transport=nccl does not go with lora.sync=adapter"),
+    (["weights.transport=nccl", "model.adapter=x", "lora.rank=8"], "weights.transport=nccl does not go with lora.sync=adapter"),
+    (["weights.transport=gloo", "placement.mode=shared"], "weights.transport=gloo does not go with placement.mode=shared"),
+    (["weights.transport=nccl", "weights.timeout_s=4000"], "weights.timeout_s=4000 is longer than sampler.request_timeout_s=1800"),
+    (["weights.timeout_s=0"], "weights.timeout_s=0.0: must be at least 1"),
+])
+def test_what_does_not_go_with_a_transport_is_refused_in_one_line(minimal, overrides, message):
+    with pytest.raises(BadInput) as caught:
+        load_config(minimal, overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    load_config(minimal, ["weights.transport=nccl", "lora.rank=8", "lora.sync=merged"])
+
+
 @pytest.mark.parametrize("text, given, missing", [
     ((CONF / "own.yaml").read_text(), [], "model.path and data.train are"), ((CONF / "own.yaml").read_text(), GIVEN[:1], "data.train is"),
     ("model: {path: ''}\n", GIVEN[1:], "model.path is"),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from spin_ray.config import Config, LearnerConfig, RunConfig
+from spin_ray.config import Config, LearnerConfig, RunConfig, WeightsConfig
 from spin_ray.errors import Diverged, RunStopped
 from spin_ray.exchange.pairs import Given
 from spin_ray.learner.batches import batches, learning_rate
@@ -345,13 +345,16 @@ def trained(monkeypatch, make_pairs, tmp_path):
     """trained(rollbacks, progress) -> player, records: the training of one iteration, as the group after so many rollbacks does it."""
     monkeypatch.setattr("ray.get", lambda value: value)
 
-    def train(rollbacks, progress, wishes={}, **more):
+    def train(rollbacks, progress, wishes=None, **more):
         given = [Given(tuple(make_pairs(4, seed=block))) for block in range(5)]
         (tmp_path / "progress").mkdir(exist_ok=True)
         (tmp_path / "progress/count.json").write_text(json.dumps(dataclasses.asdict(progress)))
-        mailbox, player = Mailbox(given, wishes), RecordingPlayer()
+        mailbox, player = Mailbox(given, wishes or {}), RecordingPlayer()
         config = LearnerConfig(batch_pairs=4, warmup_fraction=0.5)
-        args = SimpleNamespace(coordinator=mailbox, config=config, seed=0, log_dir="logs", storage=DISK, rollback_lr_factor=0.5)
+        args = SimpleNamespace(
+            coordinator=mailbox, config=config, seed=0, log_dir="logs", storage=DISK, rollback_lr_factor=0.5, weights=WeightsConfig(),
+            hardware=SimpleNamespace(device="cpu", sampler_env={}),
+        )
         command = dataclasses.replace(command_of_five, progress_path=str(tmp_path / "progress"), **more)
         try:
             player.report = Worker(player, args, Joined(BASE, 7, rollbacks)).carry_out(command)

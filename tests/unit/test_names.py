@@ -88,7 +88,7 @@ def test_a_tensor_that_no_file_holds_is_refused_at_the_door(tmp_path):
     save_tiny("llama", tmp_path)
     lm = load(tmp_path)
     lm.model.register_buffer("table", torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(BadInput, match="could not be saved: model.table is complex64"):
+    with pytest.raises(BadInput, match=r"could not be saved: model\.table is complex64"):
         check_export_names(lm, tmp_path)
 
 

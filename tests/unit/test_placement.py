@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin_ray.config import Config, DataConfig, LearnerConfig, ModelConfig, OverlapConfig, PlacementConfig, SamplerConfig
+from spin_ray.config import Config, DataConfig, LearnerConfig, ModelConfig, OverlapConfig, PlacementConfig, SamplerConfig, WeightsConfig
 from spin_ray.errors import BadInput
 from spin_ray.nodes import DoNotFit, Node
 from spin_ray.placement import choose_hardware, learner_goes_first, play_processes
@@ -140,6 +140,22 @@ def test_who_may_be_anywhere_leaves_room_for_who_may_not():
         kinds = {"sampler": SamplerConfig, "learner": LearnerConfig}
         parts = {picky: kinds[picky](**{number[picky]: 4}, label_selector={"pool": "a"}), other: kinds[other](**{number[other]: 4})}
         choose_hardware(config(**parts), hosts(4, 4, labels=pools))
+
+
+def test_a_transport_wants_its_devices():
+    nccl, gloo = ({"weights": WeightsConfig(name)} for name in ("nccl", "gloo"))
+    cpus, one, two = ([Node("here", {"CPU": 8, **gpus})] for gpus in ({}, {"GPU": 1}, {"GPU": 2}))
+    choose_hardware(config(**nccl), two)
+    choose_hardware(config(**gloo), cpus)
+    choose_hardware(config(**nccl), cpus, learner=False)  # `eval`: nothing is sent
+    with pytest.raises(BadInput, match=r"nccl wants both players on GPUs, and here a sampler has 0 GPUs, a learner's worker 0; set weights\."):
+        choose_hardware(config(**nccl), cpus)
+    with pytest.raises(BadInput, match="nccl wants both players on GPUs, and here a sampler has 1 GPUs, a learner's worker 0"):
+        choose_hardware(config(**nccl, learner=LearnerConfig(gpus_per_worker=0)), two)
+    with pytest.raises(BadInput, match="gloo wants both players on CPUs"):
+        choose_hardware(config(**gloo), two)
+    with pytest.raises(BadInput, match="nccl does not go with players that take turns on the same devices"):
+        choose_hardware(config(**nccl), one)
 
 
 def test_shared_gpus_have_one_selector():

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import ray
 
-from spin_ray.errors import EngineFailed, WeightsLate, WeightsLost, WrongVersion
+from spin_ray.config import WeightsConfig
+from spin_ray.errors import EngineFailed, TransferFailed, WeightsLate, WeightsLost, WrongVersion
 from spin_ray.records import PublishedWeights, SamplingSettings, Version
 from spin_ray.sampler.actor import Sampler
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, CHUNK, EVALUATE, PLAY, Limits, SamplerPool
+from spin_ray.transport.object_store import Transport
 
 SETTINGS = SamplingSettings(0.0, 1.0, 8, ())
 THETA_0, THETA_1 = Version(0), Version(1)
@@ -478,24 +480,85 @@ def test_nobody_waits_for_answers_under_weights_that_are_lost():
 def test_weights_of_which_no_bucket_comes_any_more_are_late():
     """However long all of them take."""
     async def scenario():
-        sampler = Sampler.__new__(Sampler)
-        sampler._args = SimpleNamespace(transfer_timeout_s=60.0)
+        arrived = Transport(WeightsConfig(bucket_timeout_s=60.0)).arrived
         slow = PublishedWeights(THETA_1, tuple(asyncio.ensure_future(asyncio.sleep(50.0 * k, k)) for k in range(1, 5)), 4)
-        assert await sampler._arrived(slow) == [1, 2, 3, 4]
+        assert await arrived(slow) == [1, 2, 3, 4]
         stuck = PublishedWeights(THETA_1, (asyncio.ensure_future(asyncio.sleep(1.0)), asyncio.get_running_loop().create_future()), 2)
         begun = asyncio.get_running_loop().time()
-        with pytest.raises(WeightsLate, match=r"theta_1, 2 buckets, number 2 has not come .* within 60 s \(sampler\.transfer_timeout_s\)"):
-            await sampler._arrived(stuck)
+        with pytest.raises(WeightsLate, match=r"theta_1, 2 buckets, number 2 has not come .* within 60 s \(weights\.bucket_timeout_s\)"):
+            await arrived(stuck)
         assert 60 <= asyncio.get_running_loop().time() - begun <= 62
+
+    run(scenario)
+
+
+class Receives(FakeSampler):
+    """What a sender brings does not arrive; what it fetches does."""
+
+    def __init__(self, version, *, breaks=True):
+        super().__init__(version)
+        self._breaks, self.loaded = breaks, []
+
+    async def load(self, weights):
+        self.loaded.append(weights.sender)
+        if weights.sender and self._breaks:
+            raise TransferFailed(f"{weights.version} did not arrive over gloo: not within weights.timeout_s=1")
+        return await super().load(weights)
+
+
+def test_a_failed_transfer_is_told_counts_as_no_failure_and_is_repeated_without_the_sender():
+    async def scenario():
+        broken, whole, late = Receives(THETA_0), Receives(THETA_0, breaks=False), Receives(THETA_0)
+        ended = []
+
+        def start_anew(handle):
+            handle._target = late
+
+        pool = SamplerPool([Handle(broken), Handle(whole)], THETA_0, Limits(64, max_restarts=0), start_anew, end=ended.append)
+        await pool.start()
+        await pool.ready(2)
+        await pool.release(THETA_0)
+        sent = PublishedWeights(THETA_1, (), 8, sender="sender")
+        assert sorted(await pool.load(sent)) == [0.0, 0.0] and ended == ["sender"]
+        await pool.ready(2)
+        await pool.release(THETA_1)
+        answers = await pool.sample(THETA_1, prompts(8 * CHUNK), SETTINGS)
+        assert {answer.version for answer in answers} == {THETA_1} and late.num_prompts and whole.num_prompts
+        assert (broken.loaded, whole.loaded, late.loaded) == (["sender"], ["sender"], [None])
+        assert await pool.failed_transfers() == ["sampler 0: theta_1 did not arrive over gloo: not within weights.timeout_s=1"]
+        assert await pool.failed_transfers() == [] and await pool.num_restarts() == 1
+        joins = Receives(THETA_0)
+        await pool.add([Handle(joins)])
+        await pool.ready(3)
+        assert joins.loaded == [None]
 
     run(scenario)
 
 
 def test_a_slow_line_is_no_hanging_replica():
     async def scenario():
-        pool = await started(FakeSampler(THETA_0, load_s=150.0), request_timeout_s=100.0, transfer_timeout_s=60.0)
+        pool = await started(FakeSampler(THETA_0, load_s=150.0), request_timeout_s=100.0, bucket_timeout_s=60.0)
         bucket = asyncio.ensure_future(asyncio.sleep(0))
         assert await pool.load(PublishedWeights(THETA_1, (bucket,), 8)) == [150.0] and await pool.num_restarts() == 0
+
+    run(scenario)
+
+
+def test_weights_that_are_lost_in_a_transfer_are_lost_to_who_fetches_them_too():
+    """The learner's worker dies, and with it its sender and what it has published: the next group publishes again."""
+    async def scenario():
+        class Joins(Receives, Loses):
+            pass
+
+        ended = []
+        pool = SamplerPool([Handle(Receives(THETA_0))], THETA_0, Limits(64), lambda handle: setattr(handle, "_target", Joins(THETA_0)), end=ended.append)
+        await pool.start()
+        await pool.ready()
+        await pool.load(PublishedWeights(THETA_1, (), 0, sender="first"))
+        with pytest.raises(WeightsLost):
+            await pool.score(THETA_1, prompts(1), prompts(1), AUDIT)
+        await pool.load(PublishedWeights(THETA_1, (), 8, sender="second"))
+        assert len(await pool.score(THETA_1, prompts(1), prompts(1), AUDIT)) == 1 and ended == ["first", "second"]
 
     run(scenario)
 
