@@ -240,7 +240,7 @@ class SelfPlay:
     def _on_disk(self, t: int, save: int, group: int) -> Saved:
         """Where theta_{t+1} lies, once this group has written it. Raises WeightsLost if a new one makes it anew."""
         self._result(save)
-        if group != self._learner.group() or not self._commit(t, group):
+        if not self._commit(t, group):
             raise WeightsLost(f"theta_{t + 1} is made anew")
         return self._thetas.played(t + 1)
 
@@ -248,15 +248,11 @@ class SelfPlay:
         """Put what iteration t has made in its place; False if a new group of workers is writing it anew already."""
         if self._committed == (t, group):
             return True
-        try:
-            for folder in (*self._thetas.folders(t), self._run.checkpoint(t)):
+        with self._learner.holding(group) as held:
+            for folder in (*self._thetas.folders(t), self._run.checkpoint(t)) if held else ():
                 self._run.storage.commit(folder)
-        except FileNotFoundError:
-            if group == self._learner.group():
-                raise
-            return False
-        self._committed = t, group
-        return True
+        self._committed = (t, group) if held else self._committed
+        return held
 
     def _audited(self, version: int, audit: Audit | None) -> None:
         if version < self._last:

@@ -7,6 +7,7 @@ The learner lives through all iterations in ONE Ray Train `fit()`; its workers a
 | worker | command k | driver's `post` of command k |
 | worker | block k of iteration t | driver's `put_block`, in any order |
 | worker before it joins, or after it has given its devices away | its turn | `let_in` |
+| a new group of workers, before it joins | what the present one wrote to be in its place | `let_go` |
 | worker whose step diverged | the driver's decision | `roll_back`, or `fail` |
 | driver | result of command k, or what it announced under another key | rank 0's `answer` |
 | driver | a new group of workers, after what the last one published is lost | its `join` |
@@ -84,6 +85,8 @@ class Coordinator:
         self._ending = False
         """... and whether the present one has yet to end for it."""
         self._interrupted = False
+        self._held = False
+        """What the present group wrote is being put in its place."""
         self._may_grow = False
         """There is room for a larger group than the present one."""
         self._training = -1
@@ -141,6 +144,7 @@ class Coordinator:
     async def join(self) -> Joined | Failure:
         """Called once by every new group of workers: where to start. Answers of an earlier group from there on no longer count."""
         async with self._changed:
+            await self._changed.wait_for(lambda: not self._held or self._failure is not None)
             self._group += 1
             self._results, self._ending, self._may_grow = {}, False, False
             self._changed.notify_all()
@@ -153,6 +157,17 @@ class Coordinator:
     async def group_after(self, group: int) -> Any:
         """The number of groups, once it is larger than this."""
         return await self._wait(lambda: self._group > group, lambda: self._group)
+
+    async def hold(self, group: int) -> bool:
+        """Let no new group join, and write over what `group` wrote, until `let_go`; False if one has joined since."""
+        self._held = group == self._group
+        return self._held
+
+    async def let_go(self) -> None:
+        """A new group may join."""
+        async with self._changed:
+            self._held = False
+            self._changed.notify_all()
 
     async def move_base(self, base: Base, group: int) -> bool:
         """Let later groups start from `base`, if `group` is still the one that made it; False: another has joined."""

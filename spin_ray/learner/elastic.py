@@ -5,8 +5,8 @@ with the steps since its last progress. So here
 
 | when | the number of workers |
 |---|---|
-| a group starts, also after a death | what fits on the nodes of `learner.label_selector`, as soon as that has stayed the same for SETTLED_S |
-| there is room for more | the coordinator is told, every MONITOR_S; the group saves its progress after a step and ends; the next is larger |
+| a group starts, also after a death | what fits on the nodes of `learner.label_selector`, once that has been the same for SETTLED_S |
+| there is room for more | the coordinator is told, every MONITOR_S; the group saves its progress and ends; the next is larger |
 """
 
 from __future__ import annotations

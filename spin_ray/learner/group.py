@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,16 @@ class Learner:
     def wait_for_group_after(self, group: int) -> None:
         """Until Ray Train has started a new group in place of this one, which has lost a worker."""
         _unless_failed(ray.get(self.coordinator.group_after.remote(group)))
+
+    @contextmanager
+    def holding(self, group: int) -> Iterator[bool]:
+        """While the body runs, no new group of workers begins to write over what `group` wrote; False if one has replaced it already."""
+        held = ray.get(self.coordinator.hold.remote(group))
+        try:
+            yield held
+        finally:
+            if held:
+                ray.get(self.coordinator.let_go.remote())
 
     def move_base(self, base: Base, group: int) -> bool:
         """Let later groups start from `base`; False if a new one has joined since `group` and is at work from the old base."""

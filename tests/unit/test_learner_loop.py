@@ -221,6 +221,23 @@ def test_a_new_group_joins_at_the_base_and_the_base_moves_only_with_the_group_th
     run_async(scenario)
 
 
+def test_no_group_joins_while_what_the_one_before_wrote_is_put_in_its_place():
+    async def scenario():
+        box = Coordinator(BASE)
+        await box.join()
+        assert not await box.hold(0) and await box.hold(1)
+        later = asyncio.create_task(box.join())
+        await asyncio.sleep(0)
+        assert await box.group() == 1 and not later.done()
+        await box.let_go()
+        assert (await later).group == 2 and not await box.hold(1)
+        await box.hold(2)
+        await box.fail(Failure(RuntimeError("over")))
+        assert isinstance(await box.join(), Failure)  # nobody waits for a run that has ended
+
+    run_async(scenario)
+
+
 def test_what_lies_before_the_base_is_dropped():
     """Published weights among it: a reference that stays here would keep a whole model in the object store."""
 
