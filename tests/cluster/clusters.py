@@ -25,7 +25,7 @@ class Cluster:
         self.lab, self._logs = lab, lab.shared / "logs"
         self._logs.mkdir(exist_ok=True)
         self._token = secrets.token_hex(32)
-        self.desk, self.nodes, self.rays = lab.host("desk"), {}, {}
+        self.desk, self.nodes = lab.host("desk"), {}
         self._bring_token(self.desk)
         self.start_head()
 
@@ -38,13 +38,9 @@ class Cluster:
         """A new host that joins; its clock may be off."""
         host = self.nodes[name] = self.lab.host(name, clock_s=clock_s)
         self._bring_token(host)
-        self.start_node(host, cpus=cpus, labels=labels)
-        return host
-
-    def start_node(self, host: Host, *, cpus: int = 2, labels: dict[str, str] | None = None) -> None:
-        """Ray on a host that is there."""
         said = ",".join(f"{label}={value}" for label, value in (labels or {}).items())
         self._start(host, f"--address={self.head.address}:6379", f"--num-cpus={cpus}", *([f"--labels={said}"] if said else []))
+        return host
 
     def _bring_token(self, host: Host) -> None:
         (host.home / ".ray").mkdir(parents=True, exist_ok=True)
@@ -53,7 +49,7 @@ class Cluster:
     def _start(self, host: Host, *words: str) -> None:
         log = self._logs / f"{host.name}.log"
         log.unlink(missing_ok=True)
-        process = self.rays[host.name] = host.start(
+        process = host.start(
             RAY, "start", "--block", f"--node-ip-address={host.address}", *words, log=log, RAY_AUTH_MODE="token", RAY_worker_niceness="0",
         )
         wait_for(

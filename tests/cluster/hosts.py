@@ -124,7 +124,7 @@ class Host:
         self._machine: subprocess.Popen | None = None
         self._first = 0
         self.home = folder / "home"
-        self.home.mkdir(parents=True)
+        self.home.mkdir(parents=True, exist_ok=True)
 
     def boot(self) -> None:
         lab, tmp, booted = self._lab, self._folder / "tmp", self.home / "booted"

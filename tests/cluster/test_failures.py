@@ -15,6 +15,8 @@ pytestmark = pytest.mark.slow
 
 ON_CPUS = ("sampler.gpus_per_replica=0", "learner.gpus_per_worker=0")
 """Where nodes may still come, a run has to say whether it wants GPUs."""
+CLOCKS = {"play3": 300.0, "learn2": -300.0}
+"""Seconds by which hosts are off."""
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +73,9 @@ def test_the_link_between_learner_and_samplers_is_cut_for_good(cluster, late):
 
 
 def test_clocks_that_are_five_minutes_off_change_nothing(cluster, late):
-    for gone, comes, labels, clock_s in (("play2", "play3", PLAYS, 300), ("learn1", "learn2", LEARNS, -300)):
+    for gone, comes, labels in (("play2", "play3", PLAYS), ("learn1", "learn2", LEARNS)):
         cluster.nodes.pop(gone).power_cut()
-        cluster.join(comes, labels=labels, clock_s=clock_s)
+        cluster.join(comes, labels=labels, clock_s=CLOCKS[comes])
     begun = time.time()
     job = Job(cluster, "clocks")
     job.assert_equals(late[0])
@@ -91,7 +93,7 @@ def test_one_of_two_learner_hosts_lacks_the_model(cluster, late, lacking):
             assert host.run("cp", "-r", ROOT / "spin_ray/demo/sft", "/tmp/model").returncode == 0
     host = cluster.nodes["learn3"]
     host.run("mv", f"/tmp/{lacking}", "/tmp/away")
-    name = f"lacks_{Path(lacking).stem}"
+    name = f"lacks_{Path(lacking).name}"
     job = cluster.submit(*words(
         "conf/demo.yaml", name, *SMALL, "model.path=/tmp/model", "learner.num_workers=2", "learner.zero_stage=3", "learner.cpus_per_worker=2",
     ))
@@ -103,12 +105,11 @@ def test_the_head_dies_and_comes_back(cluster, late):
     job = Job(cluster, "head")
     job.wait_for_step(0, 12)
     cluster.head.power_cut()
-    output, _ = job.process.communicate(timeout=240)
+    output, _ = job.process.communicate(timeout=300)
     assert job.process.returncode == 1 and "no longer answers" in output, output[-3000:]
-    for name in cluster.nodes:  # Ray gives them up, with all that runs there
-        wait_for(lambda name=name: cluster.rays[name].poll() is not None, f"Ray's end on {name}", 240)
-        assert "ray::" not in cluster.nodes[name].run("ps", "ax").stdout
+    for host in cluster.nodes.values():  # or Ray ends there by itself, after three minutes
+        host.power_cut()
     cluster.start_head()
-    for name, host in cluster.nodes.items():
-        cluster.start_node(host, labels=PLAYS if "play" in name else LEARNS)
+    for name in cluster.nodes:
+        cluster.join(name, labels=PLAYS if "play" in name else LEARNS, clock_s=CLOCKS.get(name, 0.0))
     Job(cluster, "head").assert_equals(late[0])
