@@ -16,7 +16,6 @@ import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from test_faults import ROOT
 from transformers import AutoModelForCausalLM
 from watching import records, wait_for
@@ -193,24 +192,23 @@ def output_of(process) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_whose_first_sender_hangs_makes_the_same_models(tmp_path):
-    output_of(start(tmp_path, "fetched"))
-    sent, run = start(tmp_path, "sent", "weights.transport=gloo", "weights.timeout_s=15"), tmp_path / "sent"
+def test_a_run_whose_first_sender_hangs_goes_on_with_what_the_object_store_has(tmp_path):
+    """The audit of each version compares the sampler with the learner: of theta_1, which is fetched, and of theta_2, which is sent."""
+    process, run = start(tmp_path, "sent", "weights.transport=gloo", "weights.timeout_s=45"), tmp_path / "sent"
 
     def senders():
-        return titled("ray::Sender", sent.pid)
+        return titled("ray::Sender", process.pid)
 
-    wait_for(lambda: senders() or sent.poll() is not None, "the first sender")
+    wait_for(lambda: senders() or process.poll() is not None, "the first sender")
     (hung,) = senders()
     hung.suspend()
-    output = output_of(sent)
+    output = output_of(process)
     told = [line for line in output.splitlines() if "did not arrive" in line]
     assert len(told) == 1 and told[0].endswith(
-        "sampler 0: theta_1 did not arrive over gloo: not within weights.timeout_s=15; its process starts anew and fetches them "
+        "sampler 0: theta_1 did not arrive over gloo: not within weights.timeout_s=45; its process starts anew and fetches them "
         "from the object store; see logs/sender.log"
     ), output
-    assert [r["sync/num_failed_transfers"] for r in records(run, "metrics.jsonl") if "sync/num_failed_transfers" in r] == [1, 0]
-    assert not hung.is_running()
-    for t in (0, 1):
-        one, other = (load_file(tmp_path / name / f"iter_00{t}/model/model.safetensors") for name in ("fetched", "sent"))
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    metrics = records(run, "metrics.jsonl")
+    assert [r["sync/num_failed_transfers"] for r in metrics if "sync/num_failed_transfers" in r] == [1, 0]
+    assert [r["opponent_version"] for r in metrics if "audit/mean_abs_logp_difference_nats" in r] == [0, 1, 2]
+    assert max(r.get("audit/max_abs_logp_difference_nats", 0.0) for r in metrics) < 1e-3 and not hung.is_running()
