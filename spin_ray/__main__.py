@@ -127,6 +127,7 @@ BENCHES = {
     "overlap": "the same job in sequential, stream and lookahead: who waits, and is the result the same",
     "scale": "the real orchestration with simulated players, 1 to 64 sampler replicas and 1 to 8 learner workers",
     "slope": "what every process keeps over 20 iterations, with simulated players",
+    "start": "from a file of up to a million rows to the first step and through an iteration, with simulated players: seconds, memory",
     "sampler": "an opponent's engine alone: every prompt computed once against twice, pairs per second",
     "samplers": "which model families vLLM loads and reloads on this machine, each against transformers",
     "sync": "a publish-load cycle of 1 GiB of weights against the machine's memcpy",

@@ -34,6 +34,7 @@ from spin_ray.exchange.pairs import read_pairs, write_table
 from spin_ray.guard import check_nll
 from spin_ray.heldout import advantage, are_right, as_pairs, divergence, quality
 from spin_ray.learner.loop import plain_real_logps
+from spin_ray.lengths import Lengths
 from spin_ray.manifest import RunDir
 from spin_ray.methods import Method
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
@@ -60,7 +61,8 @@ def run_eval(config: Config) -> None:
         prompts, counts = load_prompts(
             data.eval, data, facts.chat, seed=config.run.seed, limit=data.max_eval_prompts, split=data.eval_split or data.split
         )
-        max_model_len = longest_sequence(prompts, config.sampler.max_new_tokens, facts)
+        prompts = prompts[:]
+        max_model_len = longest_sequence(Lengths.of(prompts), config.sampler.max_new_tokens, facts)
         with ray_cluster(config, learner=False, say=lambda text: print(text, file=to_read)) as hardware:
             saved = facts.saved
             if config.model.quantization:

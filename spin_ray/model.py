@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 from spin_ray.families import longest_exact, noise, reason_to_refuse, text_part
 from spin_ray.imports import without_gc
-from spin_ray.records import Prompt, Saved
+from spin_ray.lengths import Lengths
+from spin_ray.records import Saved
 from spin_ray.tokenizer import load_tokenizer, read_template
 
 
@@ -83,10 +84,9 @@ def refuse_unsupported(config: Any, name: str) -> None:
         raise BadInput(f"{name}: the model {reason}; docs/models.md lists the families that can be trained")
 
 
-def longest_sequence(prompts: Sequence[Prompt], max_new_tokens: int, facts: ModelFacts) -> int:
+def longest_sequence(lengths: Lengths, max_new_tokens: int, facts: ModelFacts) -> int:
     """Tokens of the longest prompt with its longest possible answer, and one; BadInput if the model is too short for it."""
-    longest_prompt = max(len(prompt.prompt_ids) for prompt in prompts)
-    longest_real = max(len(prompt.prompt_ids) + len(prompt.real_ids) for prompt in prompts)
+    longest_prompt, longest_real = lengths.longest_prompt, lengths.longest_dialogue
     need = max(longest_real, longest_prompt + max_new_tokens) + 1
     if facts.max_positions and need > facts.max_positions:
         raise BadInput(

@@ -57,14 +57,14 @@ class Opponent:
 
     def __init__(
         self, config: Config, method: Method, thetas: Thetas, facts: ModelFacts, hardware: Hardware, pool: Any, fleet: Fleet | None,
-        learner: Learner, overlap: Overlap, threads: Threads, reporting: Reporting, *, prompts: Sequence[Prompt], heldout: Sequence[Prompt],
+        learner: Learner, overlap: Overlap, threads: Threads, reporting: Reporting, *, first: Sequence[Prompt], heldout: Sequence[Prompt],
     ):
-        """`prompts`: the training data, whose first rows are audited. `learner` gives snapshots, takes blocks; `fleet` starts replicas."""
+        """`first`: of the training prompts, for the audit. `learner` gives snapshots, takes blocks; `fleet` starts replicas."""
         self._config, self._method, self._run, self._hardware, self._pool, self._fleet = config, method, thetas.run, hardware, pool, fleet
         self._learner, self._overlap, self._threads, self._reporting = learner, overlap, threads, reporting
         self._settings = tuple(sampling_settings(config, facts.chat, t) for t in range(method.num_iterations))
-        self._prompts, self._has_heldout = prompts, bool(heldout)
-        self._audited = prompts[: config.audit.num_prompts]
+        self._has_heldout = bool(heldout)
+        self._audited = first[: config.audit.num_prompts]
         self._first_answers = FirstAnswers(config, facts.chat)
         self._evaluations = Evaluations(config, method, thetas, facts, heldout, pool, overlap, threads, reporting)
         self._snapshots_used: set[int] = set()

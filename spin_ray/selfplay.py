@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import ray
 
 from spin_ray.background import Threads
@@ -75,7 +74,7 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
     if config.spin.stop != "never" and method.plays and not prepared.heldout:
         terminal.say(f"spin.stop={config.spin.stop} has nothing to go by without data.eval: all iterations will be played")
     thetas, samplers = thetas_of(config, run, facts), method.plays or bool(prepared.heldout)
-    max_model_len = longest_sequence(prepared.train + prepared.heldout, config.sampler.max_new_tokens if samplers else 0, facts)
+    max_model_len = longest_sequence(prepared.lengths.and_of(prepared.heldout), config.sampler.max_new_tokens if samplers else 0, facts)
     with ExitStack() as stack:
         stack.callback(_tell_of_the_end, run, terminal)
         hardware = stack.enter_context(ray_cluster(config, samplers=samplers, say=terminal.say))
@@ -85,9 +84,9 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
             refuse_sampler(facts, hardware)
         blocks = len(prepared.block_sizes)
         make_base(config, run, facts, hardware.dtype)
-        terminal.say(f"{run}: {len(prepared.train)} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
+        terminal.say(f"{run}: {prepared.lengths.num_prompts} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
         players = stack.enter_context(
-            start_players(config, thetas, hardware, max_model_len, proof_pairs(prepared.train), samplers=samplers)
+            start_players(config, thetas, hardware, max_model_len, proof_pairs(prepared.first), samplers=samplers)
         )
         with Tracker(config, run.path) as tracker, terminal:
             SelfPlay(config, thetas, facts, prepared, hardware, players, proof, tracker, terminal, interrupts).play()
@@ -133,11 +132,10 @@ class SelfPlay:
         else:
             self._opponent = Opponent(
                 config, method, thetas, facts, hardware, players.pool, players.fleet, self._learner, overlap, threads, reporting,
-                prompts=prepared.train, heldout=prepared.heldout,
+                first=prepared.first, heldout=prepared.heldout,
             )
             self._turns = players.turns(self._opponent, self._result)
-        tokens_per_answer = float(np.mean([len(prompt.real_ids) for prompt in prepared.train]))
-        self._first_losses = FirstLosses(method, overlap, tokens_per_answer, tracker, terminal)
+        self._first_losses = FirstLosses(method, overlap, prepared.lengths.tokens_per_answer, tracker, terminal)
         self._rollbacks = Rollbacks(config, run, self._learner, tracker, terminal)
         self._all_trained = self._first == self._last
         self._committed: tuple[int, int] | None = None

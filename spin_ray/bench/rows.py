@@ -55,10 +55,9 @@ def _prepare(path: Path, folder: Path) -> int:
     facts, before = inspect_model(config), peak_resident_gib()
     begun = time.monotonic()
     prepared = prepare(config, RunDir.open(config), facts, Proof(), Terminal(sys.stderr))
-    tokens = sum(len(prompt.prompt_ids) + len(prompt.real_ids) for prompt in prepared.train)
     print(json.dumps({
         "seconds": time.monotonic() - begun, "peak_gib": peak_resident_gib(), "imports_gib": before,
-        "prompts": len(prepared.train), "blocks": len(prepared.block_sizes), "tokens": tokens,
+        "prompts": prepared.lengths.num_prompts, "blocks": len(prepared.block_sizes), "real_tokens": prepared.lengths.real_tokens,
     }))
     return 0
 

@@ -25,20 +25,20 @@ import ray
 from spin_ray.bench.common import print_result
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config, load_config
-from spin_ray.exchange.pairs import write_prompts
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.fake import make_fake_player
 from spin_ray.learner.group import Learner
 from spin_ray.manifest import RunDir
-from spin_ray.model import inspect_model
+from spin_ray.model import ModelFacts, inspect_model
 from spin_ray.placement import choose_hardware, nodes_of_cluster
 from spin_ray.players import Players, as_placed
 from spin_ray.preflight import Proof
+from spin_ray.prepared import Prepared, written
 from spin_ray.records import Prompt, Saved, Version
 from spin_ray.sampler.fake import FakeFleet, FakeSampler, FleetMember
 from spin_ray.sampler.pool import Fleet, Limits, start_pool
 from spin_ray.scaling import Rates, needed
-from spin_ray.selfplay import Prepared, SelfPlay
+from spin_ray.selfplay import SelfPlay
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
 from spin_ray.theta import thetas_of
@@ -171,11 +171,19 @@ def play(
     config: Config, run: RunDir, speed: float, rates: Sequence[float], num_prompts: int, *, weights_mib: float = 0.0,
     costs: TurnCosts = TurnCosts(),
 ) -> None:
-    """The whole loop with fake players."""
+    """The whole loop with fake players, on prompts of random tokens."""
     facts, rng = inspect_model(config), np.random.default_rng(0)
     ids = rng.integers(5, 500, (num_prompts, 52)).astype(np.int32)
     prompts = [Prompt(number, row[:40], row[40:]) for number, row in enumerate(ids)]
-    prepared = Prepared(prompts, [], write_prompts(run, prompts, config.sampler.block_prompts))
+    prepared = written(run, prompts, [], config.sampler.block_prompts)
+    play_prepared(config, run, facts, prepared, speed, rates, weights_mib=weights_mib, costs=costs)
+
+
+def play_prepared(
+    config: Config, run: RunDir, facts: ModelFacts, prepared: Prepared, speed: float, rates: Sequence[float], *, weights_mib: float = 0.0,
+    costs: TurnCosts = TurnCosts(),
+) -> None:
+    """The same on a run's own prompts."""
     hardware = choose_hardware(config, nodes_of_cluster())
     samplers = start_fakes(config.sampler.fewest, speed, costs)
     ray.get([sampler.ready.remote() for sampler in samplers])  # all 64 are up before the clock runs

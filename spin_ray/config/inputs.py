@@ -53,3 +53,5 @@ class DataConfig:
     """Rows without a usable answer: refuse, or drop (and count)."""
     duplicate_rows: str = one_of("drop", choices=("drop", "keep"))
     """Rows with the prompt and the answer of an earlier row: drop (and count) or keep (and count)."""
+    num_processes: int = at_least(0, 0)
+    """Processes that tokenise what lies behind a source's first 30,000 rows; 0: one per core, eight at most; 1: the driver alone."""

@@ -10,7 +10,8 @@ from typing import Any
 from spin_ray.config.schema import Config, decided_scorer
 
 RESUME_MAY_CHANGE = (
-    "preset", "tracking.", "run.dir", "run.scratch", "run.keep_", "guard.on_divergence", "guard.max_", "guard.num_answers",
+    "preset", "data.num_processes", "tracking.", "run.dir", "run.scratch", "run.keep_",
+    "guard.on_divergence", "guard.max_", "guard.num_answers",
     "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.gpu", "sampler.cpus_per_replica", "sampler.max_num_seqs",
     "sampler.request_timeout_s", "sampler.heartbeat_timeout_s", "sampler.max_restarts", "sampler.restart_window_s",
     "learner.num_workers", "learner.gpus_per_worker", "learner.cpus_per_worker", "sampler.label_selector",

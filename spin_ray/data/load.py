@@ -3,29 +3,28 @@
 A row becomes one `Prompt` per chosen assistant turn. Nothing disappears silently: every row is kept, refused with its place in the
 file, or counted under the name of the rule that dropped it; every column that was passed over is counted by its name.
 
-Memory: rows are read, and tokenised, `BATCH_ROWS` at a time. What stays of a row is its ids in one flat array, 4 bytes a token,
-and 16 bytes that stand for it among the duplicates; the prompts are views of the flat array.
+Memory: rows are read and tokenised a batch at a time, by several processes where there are many (encoding.py). Their ids wait on the
+disk, and whoever wants the prompts reads them there, one by one; kept.py has the bytes that stay of a row.
 """
 
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from spin_ray.chat import ChatFormat, Row
 from spin_ray.config import Config, DataConfig
-from spin_ray.data.choice import Chosen, choose, choose_preference
+from spin_ray.data.choice import Chosen
 from spin_ray.data.columns import count_ignored
+from spin_ray.data.encoding import Encoded, Encoder, chosen_of, encoded, processes_for
 from spin_ray.data.files import read_rows, same_rows
+from spin_ray.data.kept import KeptRows, Prompts
 from spin_ray.data.progress import Progress
-from spin_ray.data.rows import read_dialogue
 from spin_ray.errors import BadInput
 from spin_ray.records import Prompt
 
@@ -35,7 +34,6 @@ KEYS_THAT_DROP = {
 }
 MANY = 0.1
 """More dropped rows than this share of all get a warning."""
-BATCH_ROWS = 500
 Say = Callable[[str], None]
 
 
@@ -43,15 +41,15 @@ Say = Callable[[str], None]
 class Loaded:
     """The prompts of a run, and what became of the rows."""
 
-    train: list[Prompt]
-    heldout: list[Prompt]
+    train: Prompts
+    heldout: Sequence[Prompt]
     """Empty without data.eval."""
     train_counts: dict[str, int]
     heldout_counts: dict[str, int]
 
 
-def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = None) -> Loaded:
-    """Training and held-out prompts; `say` gets a line on each, and a warning if rows of one are in the other.
+def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = None, scratch: Path | None = None) -> Loaded:
+    """Training and held-out prompts; `say` gets a line on each, and a warning if rows of one are in the other. `scratch`: as below.
 
     Raises BadInput if data.train and data.eval are the same rows, and for whatever `load_prompts` refuses.
     """
@@ -64,13 +62,15 @@ def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = Non
     if data.eval_split and not data.eval:
         raise BadInput(f"data.eval_split={data.eval_split}: there is no data.eval whose split it could be; give data.eval too")
     train, counts = load_prompts(
-        data.train, data, chat, seed=config.run.seed, limit=data.max_prompts, preferences=config.method == "dpo", say=say, show=show
+        data.train, data, chat, seed=config.run.seed, limit=data.max_prompts, preferences=config.method == "dpo", say=say, show=show,
+        scratch=scratch,
     )
     say(counted(data.train, counts))
     if not data.eval:
         return Loaded(train, [], counts, {})
     heldout, heldout_counts = load_prompts(
-        data.eval, data, chat, seed=config.run.seed, limit=data.max_eval_prompts, split=split, say=say, show=show
+        data.eval, data, chat, seed=config.run.seed, limit=data.max_eval_prompts, split=split, say=say, show=show,
+        scratch=scratch,
     )
     say(counted(data.eval, heldout_counts))
     heldout_counts |= _warn_of_overlap(train, heldout, data, say)
@@ -79,19 +79,19 @@ def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = Non
 
 def load_prompts(
     source: str, config: DataConfig, chat: ChatFormat, *, seed: int, limit: int = 0, split: str = "", preferences: bool = False,
-    say: Say | None = None, show: Say | None = None,
-) -> tuple[list[Prompt], dict[str, int]]:
+    say: Say | None = None, show: Say | None = None, scratch: Path | None = None,
+) -> tuple[Prompts, dict[str, int]]:
     """Read and tokenise `source`; returns prompts in seeded order and the count of rows under every rule.
 
-    `prompt_id` is the position in the returned list. `limit` > 0 keeps the first that many. `split` is data.split if empty.
+    `prompt_id` is the position in what is returned. `limit` > 0 keeps the first that many. `split` is data.split if empty.
     With `preferences` rows must have a rejected answer too. `say` gets the first of the rows that were dropped as bad; `show` how far a
-    long reading has got, each in place of the last.
+    long reading has got, each in place of the last. `scratch`: a folder with room for the token ids, until the prompts are read.
     Raises BadInput naming file and line for the first row a rule refuses, or if nothing is left.
     """
-    rows, loading = read_rows(source, split or config.split), _Loading(config, chat, preferences)
+    rows, loading = read_rows(source, split or config.split), _Loading(config, scratch)
     with Progress(source, show) as progress:
-        while batch := list(itertools.islice(rows, BATCH_ROWS)):
-            loading.add(batch)
+        for batch in encoded(Encoder(chat, config, preferences), rows, processes_for(chat, config.num_processes)):
+            loading.add(*batch)
             progress.at(loading.counts["rows"])
     counts = loading.counts
     if say and loading.first_bad:
@@ -100,24 +100,16 @@ def load_prompts(
         raise BadInput(f"{counted(source, counts)}; no usable row is left" + (f": {loading.first_bad}" if loading.first_bad else ""))
     if limit and len(loading) > limit:
         counts["left_out_by_limit"] = len(loading) - limit
-    prompts = loading.prompts(np.random.default_rng(seed).permutation(len(loading))[: limit or None])
+    prompts = loading.kept.prompts(np.random.default_rng(seed).permutation(len(loading))[: limit or None])
     counts["kept"] = len(prompts)
     return prompts, dict(counts) | dict(loading.notes)
 
 
 def first_rows(source: str, config: DataConfig, split: str, count: int, *, preferences: bool = False) -> list[Row]:
     """The first dialogues of a source, as `ChatFormat.encode_many` takes them; rows that a rule refuses are passed over."""
-    chosen = (_chosen(row, config, preferences) for _, row in read_rows(source, split))
+    chosen = (chosen_of(row, config, preferences) for _, row in read_rows(source, split))
     requests = (request for one in chosen if isinstance(one, Chosen) for request in one.requests())
     return list(itertools.islice(requests, count))
-
-
-def _chosen(row: Mapping[str, Any], config: DataConfig, preferences: bool) -> Chosen | ValueError:
-    try:
-        dialogue = read_dialogue(row, config.ignore_columns, preferences=preferences)
-        return choose_preference(dialogue) if preferences else choose(dialogue, config.turns)
-    except ValueError as error:
-        return error
 
 
 def counted(source: str, counts: Mapping[str, int]) -> str:
@@ -138,48 +130,40 @@ def counted(source: str, counts: Mapping[str, int]) -> str:
 class _Loading:
     """The rows that have been read so far: what is kept of each, and how they are counted."""
 
-    def __init__(self, config: DataConfig, chat: ChatFormat, preferences: bool) -> None:
-        self._config, self._chat, self._preferences = config, chat, preferences
+    def __init__(self, config: DataConfig, scratch: Path | None) -> None:
+        self._config = config
         self.counts: Counter[str] = Counter(rows=0, kept=0)
         self.notes: Counter[str] = Counter()
         """What the chat format has to say of the dialogues."""
         self.first_bad = ""
-        self._ids, self._ends = array("i"), array("q", [0])
-        """All ids, row by row prompt, answer and (perhaps empty) rejected answer, and where each ends."""
-        self._answers: list[str | None] = []
-        self._seen: set[bytes] = set()
+        self.kept = KeptRows(scratch)
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self.kept)
 
-    def add(self, rows: Sequence[tuple[str, Any]]) -> None:
+    def add(self, places: Sequence[str], rows: Sequence[Encoded | ValueError], notes: Counter[str]) -> None:
         """Take the next rows in. Raises BadInput for the first that a rule refuses."""
-        read = [_chosen(row, self._config, self._preferences) for _, row in rows]
-        requests = [request for chosen in read if isinstance(chosen, Chosen) for request in chosen.requests()]
-        encoded = iter(self._chat.encode_many(requests, self.notes))
-        for (where, _), chosen in zip(rows, read, strict=True):
+        self.notes.update(notes)
+        for where, row in zip(places, rows, strict=True):
             self.counts["rows"] += 1
-            if isinstance(chosen, ValueError):
-                self._drop_bad(where, [chosen], "dropped_bad")
+            if isinstance(row, ValueError):
+                self._drop_bad(where, [row], "dropped_bad")
             else:
-                items = [chosen.problem(place) or next(encoded) for place in chosen.places]
-                if chosen.rejected:
-                    items = [_preference(*items, chosen.rejected.problem(chosen.rejected.places[0]) or next(encoded))]
-                self._take(where, chosen, items)
+                self._take(where, row)
 
-    def _take(self, where: str, chosen: Chosen, encoded: Sequence[tuple[Sequence[int], ...] | ValueError]) -> None:
-        count_ignored(self.counts, chosen.dialogue.ignored)
-        bad = [item for item in encoded if isinstance(item, ValueError)]
+    def _take(self, where: str, row: Encoded) -> None:
+        count_ignored(self.counts, row.ignored)
+        bad = [ids for ids in row.ids if isinstance(ids, ValueError)]
         if bad:
-            self._drop_bad(where, bad, "dropped_bad" if len(bad) == len(encoded) else "dropped_bad_turns")
-        if len(bad) == len(encoded):
+            self._drop_bad(where, bad, "dropped_bad" if len(bad) == len(row.ids) else "dropped_bad_turns")
+        if len(bad) == len(row.ids):
             return
-        self.counts.update(chosen.skipped)  # adds
-        if chosen.dialogue.preferred and not chosen.rejected:
+        self.counts.update(row.skipped)  # adds
+        if row.from_chosen:
             self.counts["answers_from_chosen"] += 1
-        for item in encoded:
-            if not isinstance(item, ValueError):
-                self._keep(where, chosen.dialogue.answer, *item)
+        for ids in row.ids:
+            if not isinstance(ids, ValueError):
+                self._keep(where, row.answer, *ids)
 
     def _drop_bad(self, where: str, errors: Sequence[ValueError], rule: str) -> None:
         what = f"{where}: {_printable(errors[0])}"
@@ -198,26 +182,10 @@ class _Loading:
         if rule:
             self.counts["dropped_long_prompt" if rule.startswith("prompt") else "dropped_long_answer"] += 1
             return
-        key = _digest(prompt_ids, real_ids, rejected_ids)
-        self.counts["duplicates"] += key in self._seen
-        if key in self._seen and self._config.duplicate_rows == "drop":
-            return
-        self._seen.add(key)
-        for ids in (prompt_ids, real_ids, rejected_ids):
-            self._ids.extend(ids)
-            self._ends.append(len(self._ids))
-        self._answers.append(answer)
-
-    def prompts(self, order: Sequence[int]) -> list[Prompt]:
-        """The prompts at these places; views of one array, unless most of it would be kept for nothing."""
-        ids, ends = np.frombuffer(self._ids, np.int32), self._ends
-        few = len(order) < len(self) / 2
-
-        def part(k: int) -> np.ndarray:
-            view = ids[ends[k] : ends[k + 1]]
-            return view.copy() if few else view
-
-        return [Prompt(k, part(3 * i), part(3 * i + 1), self._answers[i], part(3 * i + 2)) for k, i in enumerate(map(int, order))]
+        is_new = self.kept.is_new(prompt_ids, real_ids, rejected_ids)
+        self.counts["duplicates"] += not is_new
+        if is_new or self._config.duplicate_rows == "keep":
+            self.kept.append(answer, prompt_ids, real_ids, rejected_ids)
 
 
 def _printable(error: Exception) -> str:
@@ -231,25 +199,6 @@ def _too_long(prompt_ids: Sequence[int], real_ids: Sequence[int], config: DataCo
     if len(real_ids) > config.max_answer_tokens:
         return f"answer of {len(real_ids)} tokens > data.max_answer_tokens={config.max_answer_tokens}"
     return None
-
-
-def _preference(
-    better: tuple[Sequence[int], Sequence[int]] | ValueError, worse: tuple[Sequence[int], Sequence[int]] | ValueError
-) -> tuple[Sequence[int], ...] | ValueError:
-    """(prompt, chosen, rejected) of two encoded answers, or what is wrong with them."""
-    if isinstance(better, ValueError):
-        return better
-    if isinstance(worse, ValueError):
-        return ValueError(f"rejected: {worse}")
-    if list(better[0]) != list(worse[0]):
-        return ValueError("the chat template renders another prompt before the rejected answer than before the chosen one")
-    return *better, worse[1]
-
-
-def _digest(prompt_ids: Sequence[int], *answers: Sequence[int]) -> bytes:
-    """16 bytes that stand for a prompt and its answers; two of a billion rows have the same with a chance of 1e-21."""
-    lengths = [len(ids) for ids in (prompt_ids, *answers)]
-    return blake2b(array("i", [*lengths, *itertools.chain(prompt_ids, *answers)]).tobytes(), digest_size=16).digest()
 
 
 def _warn_of_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt], data: DataConfig, say: Say) -> dict[str, int]:

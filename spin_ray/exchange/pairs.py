@@ -7,16 +7,17 @@ the pipeline early and wait at the pool for their version: when its weights arri
 
 No pair passes through the driver: it hears what a block holds (`Played`), and tells the learner where it lies (`Stored`). Every rank
 reads all of them in the same order. Why not `streaming_split`: with equal=True it drops rows, with equal=False ranks run out at
-different times and hang their collectives, and either way the batches depend on the number of workers. Pairs are token ids: all of an
-iteration is a few hundred megabytes. And a learner that cannot reach the samplers' nodes still reads what they have written.
+different times and hang their collectives, and either way the batches depend on the number of workers. And a learner that cannot reach
+the samplers' nodes still reads what they have written.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,19 @@ class Given:
 LATE_FILE_S = 60.0
 
 
-def write_prompts(run: RunDir, prompts: Sequence[Prompt], block_prompts: int) -> list[int]:
-    """Cut the prepared prompts into blocks on disk; returns the blocks' sizes."""
-    parts = [prompts[start : start + block_prompts] for start in range(0, len(prompts), block_prompts)]
-    for index, part in enumerate(parts):
-        write_table(run.prompts(index), to_table(part, PROMPT_SCHEMA))
-    return [len(part) for part in parts]
+def write_prompts(run: RunDir, prompts: Iterable[Prompt], block_prompts: int) -> list[int]:
+    """Cut the prepared prompts, as they come, into blocks on disk; returns the blocks' sizes."""
+    coming, sizes = iter(prompts), []
+    while part := list(itertools.islice(coming, block_prompts)):
+        write_table(run.prompts(len(sizes)), to_table(part, PROMPT_SCHEMA))
+        sizes.append(len(part))
+    return sizes
+
+
+def stored_prompts(run: RunDir, block_sizes: Sequence[int]) -> Iterator[Prompt]:
+    """A run's prompts in their order, a block at a time in memory."""
+    for index in range(len(block_sizes)):
+        yield from read_prompts(run.prompts(index), run.storage)
 
 
 def write_table(path: Path, table: pa.Table, storage: Disk = DISK) -> None:

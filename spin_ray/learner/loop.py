@@ -29,6 +29,7 @@ from spin_ray.imports import without_gc
 from spin_ray.interrupt import Interrupted
 from spin_ray.learner.batches import BlockFeed, batches, learning_rate
 from spin_ray.learner.coordinator import Base, DriverFailed, Failure, Joined, unwrapped
+from spin_ray.learner.kept import Example, Kept, once_all_are_there
 from spin_ray.learner.messages import (
     Count,
     Divergence,
@@ -50,9 +51,6 @@ from spin_ray.placement import Hardware, own_devices, own_gpu
 from spin_ray.records import Devices, Pair, PublishedWeights, Saved, Span, Version, opponent_reference
 from spin_ray.storage import Disk, readable_disk_errors
 from spin_ray.transport import Transport, transport_of
-
-Example = tuple[Pair, np.ndarray]
-"""A pair with its references: log p of its answers' parts under theta_t, and perhaps theta_0, [1 or 2, 3, 2] float64, in nats."""
 
 
 @dataclass(frozen=True)
@@ -274,17 +272,18 @@ class Worker:
         self._iteration = command.iteration
         self._prepare_transport()
         config, started = self._args.config, time.perf_counter()
-        feed = BlockFeed(self._coordinator, command.iteration, len(command.block_sizes), self._log_span, self._now)
-        blocks = self._scored(list(feed) if command.wait_for_all else feed, command)
+        feed = BlockFeed(
+            self._coordinator, command.iteration, len(command.block_sizes), self._log_span, self._now, wait_for_all=command.wait_for_all
+        )
+        blocks = self._scored(feed, command)
         count = self._take_up(command)
         total_steps, peak = command.num_steps, command.lr * self._args.rollback_lr_factor**self._joined.rollbacks
         metrics: dict[str, Any] = {}
         snapshot = command.snapshot
-        for step, batch in enumerate(batches(blocks, command, batch_pairs=config.batch_pairs, seed=self._args.seed)):
+        order = {"batch_pairs": config.batch_pairs, "seed": self._args.seed, "first_step": count.steps}  # those before are trained on
+        for step, batch in enumerate(batches(blocks, command, Kept(), **order), count.steps):
             if step == total_steps:
                 break
-            if step < count.steps:
-                continue  # trained on before this group of workers began
             if snapshot and step >= snapshot[0]:  # later only where progress was taken up behind it
                 self.answer(snapshot[1], self._publish(snapshot[1]))
                 snapshot = None
@@ -404,7 +403,7 @@ class Worker:
             return np.stack([own, *([player.score(block, copy="base")] if command.base else [])], axis=1)
 
         scored = (list(zip(block, references(block), strict=True)) for block in blocks)
-        return iter(list(scored)) if scorer == "learner" else scored
+        return once_all_are_there(scored) if scorer == "learner" else scored
 
     def answer(self, key: Hashable, result: Any) -> None:
         if self._player.rank == 0:

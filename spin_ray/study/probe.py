@@ -25,19 +25,20 @@ import ray
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config, at, load_config
 from spin_ray.errors import BadInput
-from spin_ray.exchange.pairs import Given
+from spin_ray.exchange.pairs import Given, stored_prompts
 from spin_ray.heldout import advantage, as_pairs, divergence
 from spin_ray.interrupt import Interrupts
 from spin_ray.learner.group import Learner
 from spin_ray.learner.messages import Restore, Save, Score, StepRecord, Train
+from spin_ray.lengths import Lengths
 from spin_ray.losses import PairObjective
 from spin_ray.manifest import RunDir
 from spin_ray.methods import Method, method_of
 from spin_ray.model import inspect_model, longest_sequence
 from spin_ray.players import start_players
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
-from spin_ray.prepared import Prepared, prepare
-from spin_ray.records import Pair, Version
+from spin_ray.prepared import prepare
+from spin_ray.records import Pair, Prompt, Version
 from spin_ray.sampler.pool import PLAY, sampling_settings
 from spin_ray.system import ray_cluster
 from spin_ray.terminal import Terminal
@@ -107,10 +108,10 @@ def _probe(config: Config, small: Config, run: RunDir, terminal: Terminal) -> No
     facts, proof = inspect_model(small), Proof()
     proof.end(small, facts, terminal.say)
     prepared = prepare(small, run, facts, proof, terminal)
-    prompts, heldout = _parts(prepared, config)
+    prompts, heldout = _parts(list(stored_prompts(run, prepared.block_sizes)), prepared.heldout, config)
     num_prompts = _num_prompts(config, run)
     thetas, steps = thetas_of(small, run, facts), config.num_steps(num_prompts, at(config.spin, 0).num_epochs)
-    max_model_len = longest_sequence(prompts + heldout, small.sampler.max_new_tokens, facts)
+    max_model_len = longest_sequence(Lengths.of([*prompts, *heldout]), small.sampler.max_new_tokens, facts)
     with ray_cluster(small, say=terminal.say) as hardware:
         interrupts.listen()
         refuse_sampler(facts, hardware)
@@ -134,19 +135,19 @@ def _probe(config: Config, small: Config, run: RunDir, terminal: Terminal) -> No
         terminal.say(line)
 
 
-def _parts(prepared: Prepared, config: Config) -> tuple[list, list]:
+def _parts(train: Sequence[Prompt], heldout: Sequence[Prompt], config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Prompts to train on and to measure on."""
-    if len(prepared.train) < 2 and not prepared.heldout:
+    if len(train) < 2 and not heldout:
         raise BadInput(f"{config.data.train}: one prompt; a probe trains on some and measures on others: give more, or data.eval")
-    if prepared.heldout:
-        return prepared.train[:NUM_TRAIN], prepared.heldout[:NUM_HELDOUT]
-    kept = max(1, round(len(prepared.train) * NUM_TRAIN / (NUM_TRAIN + NUM_HELDOUT)))
-    return prepared.train[:kept], prepared.train[kept:]
+    if heldout:
+        return train[:NUM_TRAIN], heldout[:NUM_HELDOUT]
+    kept = max(1, round(len(train) * NUM_TRAIN / (NUM_TRAIN + NUM_HELDOUT)))
+    return train[:kept], train[kept:]
 
 
 def _num_prompts(config: Config, run: RunDir) -> int:
     """Of the real run."""
-    counts = run.marks("prepared")[0]["train"]
+    counts = run.marks("prepared")[-1]["train"]
     every = counts["kept"] + counts.get("left_out_by_limit", 0)
     return min(every, config.data.max_prompts or every)
 

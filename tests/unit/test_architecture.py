@@ -31,8 +31,8 @@ def test_one_vendor_one_place(vendor):
 LAYERS = [
     ("errors.py", "families.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py", "imports.py"),
     ("config/",),
-    ("background.py", "storage.py"),
-    ("records.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
+    ("background.py", "storage.py", "spool.py"),
+    ("records.py", "lengths.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
      "chatter.py", "placement.py", "nodes.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
      "places.py", "address.py", "turns.py", "room.py", "scaling.py"),

@@ -12,6 +12,7 @@ from spin_ray.learner import attention, proof
 from spin_ray.learner.logps import PolicyLogps
 from spin_ray.learner.meters import ModelFlops
 from spin_ray.learner.modes import checkpoint_activations, quieten
+from spin_ray.lengths import Lengths
 from spin_ray.model import ModelFacts, longest_sequence, refuse_unsupported
 from spin_ray.records import Prompt
 
@@ -91,9 +92,9 @@ def test_longrope_bounds_a_run():
     assert longest_exact(config) == 64 and longest_exact(AutoConfig.for_model("llama")) is None
     facts = ModelFacts("m", None, "", 256, config, longest_exact=64)
     prompt = Prompt(0, torch.arange(40).numpy(), torch.arange(10).numpy())
-    assert longest_sequence([prompt], 20, facts) == 61
+    assert longest_sequence(Lengths.of([prompt]), 20, facts) == 61
     with pytest.raises(BadInput, match="more than 64 tokens, and this run needs 71"):
-        longest_sequence([prompt], 30, facts)
+        longest_sequence(Lengths.of([prompt]), 30, facts)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi", "mixtral", "gemma3"])

@@ -36,7 +36,7 @@ def blocks(sizes):
 @pytest.mark.parametrize("sizes", [[4, 4, 3], [1], [10], [2, 9]])
 def test_every_pair_once_per_epoch_last_batch_smaller(sizes):
     train, total = command(sizes, epochs=3), sum(sizes)
-    found = list(batches(blocks(sizes), train, batch_pairs=4, seed=0))
+    found = list(batches(blocks(sizes), train, [], batch_pairs=4, seed=0))
     assert len(found) == Config(learner=LearnerConfig(batch_pairs=4)).num_steps(total, 3) == 3 * -(-total // 4)
     assert Counter(pair for batch in found for pair in batch) == {pair: 3 for pair in range(total)}
     per_epoch = len(found) // 3
@@ -53,20 +53,20 @@ def test_stream_starts_before_the_last_block_and_keeps_their_order():
             seen.append(block)
             yield block
 
-    found = batches(slow(), command([4, 4]), batch_pairs=4, seed=0)
+    found = batches(slow(), command([4, 4]), [], batch_pairs=4, seed=0)
     assert next(found) == [0, 1, 2, 3] and len(seen) == 1
 
 
 def test_later_epochs_are_shuffled_by_seed():
     def run(seed):
-        return list(batches(blocks([8]), command([8]), batch_pairs=8, seed=seed))
+        return list(batches(blocks([8]), command([8]), [], batch_pairs=8, seed=seed))
 
     assert run(0) == run(0) and run(0)[1] != run(1)[1] and run(0)[0] == list(range(8)) != run(0)[1]
 
 
 def test_missing_pairs_are_an_error():
     with pytest.raises(RuntimeError, match="3 pairs, expected 4"):
-        list(batches([[0, 1, 2]], command([4]), batch_pairs=2, seed=0))
+        list(batches([[0, 1, 2]], command([4]), [], batch_pairs=2, seed=0))
 
 
 def test_max_steps():

@@ -27,7 +27,7 @@ from spin_ray.background import in_background
 from spin_ray.config import load_config
 from spin_ray.errors import BadInput, Diverged, EngineFailed, Enough, RunStopped, WeightsLate, WeightsLost
 from spin_ray.exchange.audit import FirstLossError
-from spin_ray.exchange.pairs import PlayBlock, Played, write_prompts
+from spin_ray.exchange.pairs import PlayBlock, Played
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner import group as learner_group
 from spin_ray.learner.coordinator import Base, Coordinator, DriverFailed, Failure
@@ -39,10 +39,11 @@ from spin_ray.manifest import RunDir
 from spin_ray.placement import Hardware
 from spin_ray.players import Players, as_placed
 from spin_ray.preflight import Proof
+from spin_ray.prepared import written
 from spin_ray.records import Prompt, Saved, Version, from_table
 from spin_ray.sampler.fake import FakeSampler
 from spin_ray.sampler.pool import AUDIT, EVALUATE, Limits, SamplerPool
-from spin_ray.selfplay import Prepared, SelfPlay
+from spin_ray.selfplay import SelfPlay
 from spin_ray.stop import Verdict
 from spin_ray.storage import DISK
 from spin_ray.terminal import Terminal
@@ -428,7 +429,7 @@ class Run:
         asyncio.run_coroutine_threadsafe(pool.start(), messages.loop).result()
         ids = np.random.default_rng(0).integers(5, 500, (24 + heldout, 12)).astype(np.int32)
         prompts = [Prompt(number, row[:6], row[6:]) for number, row in enumerate(ids)]
-        prepared = Prepared(prompts[:24], prompts[24:], write_prompts(self.run, prompts[:24], 8))
+        prepared = written(self.run, prompts[:24], prompts[24:], 8)
         self._go = functools.partial(self._go_on, config, prepared, Players(Actor(pool, messages, name_of_pool), learner, hardware.takes_turns))
         self._playing, self.learner, self.device = None, learner, learner.device
 

@@ -101,8 +101,9 @@ def test_dpo_reads_preferences_for_training_and_takes_the_chosen_answer_of_held_
     config = Config(method="dpo", model=ModelConfig(path="m"), data=DataConfig(train=str(rows), eval=str(heldout)))
     loaded = load_both(config, chat, lambda line: None)
     assert chat.decode(loaded.train[0].rejected_ids) == "Hello there" and len(loaded.heldout[0].rejected_ids) == 0
-    pair = method_of(config).pair(loaded.train[0])
-    assert pair.generated_ids is loaded.train[0].rejected_ids and len(pair.opponent_real_logps) == len(pair.opponent_generated_logps) == 0
+    prompt = loaded.train[0]
+    pair = method_of(config).pair(prompt)
+    assert pair.generated_ids is prompt.rejected_ids and len(pair.opponent_real_logps) == len(pair.opponent_generated_logps) == 0
 
 
 def test_methods_say_what_they_need():

@@ -7,7 +7,6 @@ import pytest
 
 from spin_ray.config import load_config
 from spin_ray.errors import BadInput
-from spin_ray.prepared import Prepared
 from spin_ray.study.probe import Try, _parts, in_words, probe, raised, signs
 
 
@@ -107,7 +106,7 @@ def test_a_grid_whose_every_try_diverges_still_has_a_report(monkeypatch):
 def test_one_prompt_is_not_enough():
     config, _ = load_config("conf/demo.yaml", [])
     with pytest.raises(BadInput, match="one prompt; a probe trains on some"):
-        _parts(Prepared(train=[1], heldout=[], block_sizes=[1]), config)
+        _parts([1], [], config)
 
 
 def test_only_self_play_is_probed():
