@@ -16,6 +16,8 @@ RAY = Path(sys.executable).parent / "ray"
 PLAYS, LEARNS = {"role": "sampler"}, {"role": "learner"}
 PLACED = ("sampler.label_selector={role: sampler}", "learner.label_selector={role: learner}")
 START_S = 180.0
+MAX_STARTS = 3
+"""Ray gives a node 30 s to come up, too few on a very busy machine."""
 
 
 class Cluster:
@@ -48,14 +50,17 @@ class Cluster:
 
     def _start(self, host: Host, *words: str) -> None:
         log = self._logs / f"{host.name}.log"
-        log.unlink(missing_ok=True)
-        process = host.start(
-            RAY, "start", "--block", f"--node-ip-address={host.address}", *words, log=log, RAY_AUTH_MODE="token", RAY_worker_niceness="0",
-        )
-        wait_for(
-            lambda: process.poll() is not None or "Ray runtime started" in log.read_text(), f"Ray on {host.name}", START_S
-        )
-        assert process.poll() is None, log.read_text()[-3000:]
+        for _ in range(MAX_STARTS):
+            log.unlink(missing_ok=True)
+            process = host.start(
+                RAY, "start", "--block", f"--node-ip-address={host.address}", *words, log=log, RAY_AUTH_MODE="token", RAY_worker_niceness="0",
+            )
+            wait_for(
+                lambda: process.poll() is not None or "Ray runtime started" in log.read_text(), f"Ray on {host.name}", START_S  # noqa: B023
+            )
+            if process.poll() is None:
+                return
+        raise AssertionError(log.read_text()[-3000:])
 
     def submit(self, *arguments: str) -> subprocess.Popen:
         """From the desk, in the folder that all share."""
