@@ -149,7 +149,7 @@ class Opponent:
                 return self._take_up(version, published, probe)
             except WeightsLost as error:
                 self._reporting.weights_lost(error)
-                return self._take_up(version, replace(published, buckets=(), saved_at=on_disk()), probe)
+                return self._take_up(version, replace(published, buckets=(), saved_at=on_disk(), sender=None), probe)
         return self._audit(version, probed)
 
     def _take_up(self, version: int, weights: PublishedWeights, probe: Callable[[], Sequence[np.ndarray]]) -> Audit:

@@ -7,11 +7,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from spin_ray.config import WeightsConfig
 from spin_ray.config.weights import DEVICES
+from spin_ray.errors import WeightsLost
+from spin_ray.opponent import Opponent
+from spin_ray.records import PublishedWeights, Saved, Version
 from spin_ray.sampler.worker import WATCH_S
 from spin_ray.transport import transport_of
 from spin_ray.transport.receiver import LAST, Handover
@@ -77,3 +81,19 @@ def test_what_a_worker_raises_the_sender_hears_and_the_engine_breaks_of():
         handover.carry_out(refuse)
     with pytest.raises(RuntimeError, match="update_weights: ValueError: another shape"):
         asked.result(1)
+
+
+def test_what_is_read_in_the_run_directory_is_asked_of_no_sender():
+    """Its process has ended with the load that lost the weights: every replica would take that for a failed transfer, and start anew."""
+    opponent, loaded = object.__new__(Opponent), []
+
+    def load(weights):
+        loaded.append((weights.sender, weights.saved_at))
+        if weights.buckets:
+            raise WeightsLost("gone")
+
+    opponent._overlap, opponent._reporting = SimpleNamespace(first=0), SimpleNamespace(weights_lost=lambda error: None)
+    opponent.load, opponent._audit = load, lambda version, probed: probed
+    published, folder = PublishedWeights(Version(1), ("bucket",), 8, sender="sender"), Saved("folder")
+    assert opponent.become(1, iter([published, "probed"]), lambda: folder) == "probed"
+    assert loaded == [("sender", None), (None, folder)]
