@@ -147,8 +147,8 @@ class Opponent:
             published, probe = next(answers), cache(lambda: next(answers))
             try:
                 return self._take_up(version, published, probe)
-            except WeightsLost as error:
-                self._reporting.weights_lost(error)
+            except WeightsLate as error:  # what is lost is published again by the next group
+                self._reporting.weights_late(error)
                 return self._take_up(version, replace(published, buckets=(), saved_at=on_disk(), sender=None), probe)
         return self._audit(version, probed)
 

@@ -18,7 +18,7 @@ import ray
 from spin_ray.background import Threads
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
-from spin_ray.errors import WeightsLost
+from spin_ray.errors import WeightsLate
 from spin_ray.exchange.pairs import Played, read_pairs
 from spin_ray.learner.messages import Grouped, Proved, StepRecord, TrainReport
 from spin_ray.manifest import RunDir
@@ -135,7 +135,7 @@ class Reporting:
             self.tracker.log("sampler", {"play_s": seconds, "tokens_per_s": rate}, iteration=t, opponent_version=t)
             self._examples(t, read_pairs(path, self._run.storage))
 
-    def weights_lost(self, error: WeightsLost) -> None:
+    def weights_late(self, error: WeightsLate) -> None:
         self.terminal.say(f"{error}; the samplers read them in the run directory, as soon as they are there")
 
     def resized(self, samplers: int, need: float, t: int | None) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from spin_ray.config import WeightsConfig
 from spin_ray.config.weights import DEVICES
-from spin_ray.errors import WeightsLost
+from spin_ray.errors import WeightsLate
 from spin_ray.opponent import Opponent
 from spin_ray.records import PublishedWeights, Saved, Version
 from spin_ray.sampler.worker import WATCH_S
@@ -90,9 +90,9 @@ def test_what_is_read_in_the_run_directory_is_asked_of_no_sender():
     def load(weights):
         loaded.append((weights.sender, weights.saved_at))
         if weights.buckets:
-            raise WeightsLost("gone")
+            raise WeightsLate("late")
 
-    opponent._overlap, opponent._reporting = SimpleNamespace(first=0), SimpleNamespace(weights_lost=lambda error: None)
+    opponent._overlap, opponent._reporting = SimpleNamespace(first=0), SimpleNamespace(weights_late=lambda error: None)
     opponent.load, opponent._audit = load, lambda version, probed: probed
     published, folder = PublishedWeights(Version(1), ("bucket",), 8, sender="sender"), Saved("folder")
     assert opponent.become(1, iter([published, "probed"]), lambda: folder) == "probed"
