@@ -126,6 +126,7 @@ BENCHES = {
     "memory": "how the step's peak memory grows with vocabulary, tokens and pairs",
     "overlap": "the same job in sequential, stream and lookahead: who waits, and is the result the same",
     "scale": "the real orchestration with simulated players, 1 to 64 sampler replicas and 1 to 8 learner workers",
+    "saturation": "what an event costs pool, driver and coordinator, and a simulated day: at which size they do not keep up",
     "slope": "what every process keeps over 20 iterations, with simulated players",
     "start": "from a file of up to a million rows to the first step and through an iteration, with simulated players: seconds, memory",
     "sampler": "an opponent's engine alone: every prompt computed once against twice, pairs per second",
@@ -140,7 +141,7 @@ BENCHES = {
 
 
 def _bench_lines() -> list[str]:
-    return [f"{name:<9} {help_text}" for name, help_text in BENCHES.items()]
+    return [f"{name:<10} {help_text}" for name, help_text in BENCHES.items()]
 
 
 _CONFIG = ("config", {"help": "YAML file, for example conf/demo.yaml"})

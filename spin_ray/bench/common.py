@@ -8,9 +8,14 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from spin_ray.errors import RunStopped
 from spin_ray.records import Span
@@ -26,6 +31,54 @@ def machine() -> str:
 def print_result(result: dict[str, Any]) -> None:
     """The bench's last line: one JSON object."""
     print(json.dumps({**result, "machine": machine()}), flush=True)
+
+
+def processes() -> Iterator[tuple[str, psutil.Process]]:
+    """This run's processes by what they are: "driver" (this one), and actors by their class."""
+    own = psutil.Process()
+    yield "driver", own
+    for process in own.children(recursive=True):
+        try:
+            title = process.cmdline()[0]
+        except (psutil.NoSuchProcess, IndexError):  # it ended while we looked
+            continue
+        if title.startswith("ray::"):
+            yield title.removeprefix("ray::").split(".")[0].split("(")[0], process
+
+
+def cpu_seconds() -> Counter[str]:
+    """CPU seconds that this run's processes have taken so far, summed by what they are."""
+    found: Counter[str] = Counter()
+    for name, process in processes():
+        with suppress(psutil.NoSuchProcess):  # it ended while we looked
+            times = process.cpu_times()
+            found[name] += times.user + times.system
+    return found
+
+
+QUIET_S = 4.0
+
+
+def idle_shares() -> Counter[str]:
+    """CPU seconds that each kind of process takes in a second, measured for some seconds in which nothing happens."""
+    before, begun = cpu_seconds(), time.monotonic()
+    time.sleep(QUIET_S)
+    after, seconds = cpu_seconds(), time.monotonic() - begun
+    return Counter({name: (after[name] - before[name]) / seconds for name in before})
+
+
+class Meter:
+    """CPU seconds of each kind of process since this was made, what they take when nothing happens left out."""
+
+    def __init__(self, idle: Mapping[str, float] = {}):
+        self._idle, self._before, self._begun = idle, cpu_seconds(), time.monotonic()
+
+    def each(self, count: int) -> Counter[str]:
+        """For one of so many events."""
+        now, seconds = cpu_seconds(), time.monotonic() - self._begun
+        return Counter({
+            name: max(0.0, spent - self._before[name] - seconds * self._idle.get(name, 0.0)) / count for name, spent in now.items()
+        })
 
 
 def run_command(*arguments: str | Path, env: dict[str, str] | None = None) -> None:

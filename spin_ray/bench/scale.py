@@ -94,7 +94,7 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     """Play two iterations; the efficiency is ideal over measured seconds, from the first play to the last step."""
     generation, trainings = HOURS[case.proportions]
     generation_s, training_s = generation * seconds_per_hour, [hours * seconds_per_hour for hours in trainings]
-    speed, rates = _speeds(num_prompts, generation_s, training_s, case.num_replicas)
+    speed, rates = speeds(num_prompts, generation_s, training_s, case.num_replicas)
     keys = [f"sampler.num_replicas={case.num_replicas}", f"learner.num_workers={case.num_workers}"]
     _, measured = _played(folder, keys, speed, rates, num_prompts)
     ideal = sum(max(generation_s, seconds) for seconds in training_s)
@@ -106,18 +106,24 @@ def measure(case: Case, folder: Path, *, seconds_per_hour: float, num_prompts: i
     }
 
 
-def _speeds(num_prompts: int, generation_s: float, training_s: Sequence[float], num_replicas: int) -> tuple[float, list[float]]:
+def speeds(num_prompts: int, generation_s: float, training_s: Sequence[float], num_replicas: int) -> tuple[float, list[float]]:
     """Prompts per second of a replica, pairs per second of the main player in each iteration."""
     speed = num_prompts / generation_s / num_replicas * (1 + 1 / SCORES_PER_SAMPLE)  # sampling and scoring y (replay may) fill it
     return speed, [2 * num_prompts * (1 + (t > 0)) / seconds for t, seconds in enumerate(training_s)]
 
 
+def settings(folder: Path, name: str) -> list[str]:
+    """Of a run whose players are fake."""
+    return [
+        f"run.dir={folder}", f"run.name={name}", "data.eval=''", "spin.num_iterations=2", "spin.num_epochs=2",
+        "tracking.wandb.mode=disabled", "sampler.cpus_per_replica=0", "learner.cpus_per_worker=0.01", "sampler.block_prompts=8",
+        "sampler.max_num_seqs=8",
+    ]
+
+
 def _played(folder: Path, keys: Sequence[str], speed: float, rates: Sequence[float], num_prompts: int) -> tuple[RunDir, float]:
     """A run of two iterations, and the seconds from its first play to its last step."""
-    config, _ = load_config("conf/demo.yaml", [
-        f"run.dir={folder}", "run.name=scale", "data.eval=''", "spin.num_iterations=2", "spin.num_epochs=2", "tracking.wandb.mode=disabled",
-        "sampler.cpus_per_replica=0", "learner.cpus_per_worker=0.01", "sampler.block_prompts=8", "sampler.max_num_seqs=8", *keys,
-    ])
+    config, _ = load_config("conf/demo.yaml", [*settings(folder, "scale"), *keys])
     run = RunDir.open(config)
     os.environ["WANDB_MODE"] = "disabled"
     with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
@@ -134,7 +140,7 @@ def find(folder: Path, *, seconds_per_hour: float, num_prompts: int) -> dict[str
     """From one replica on, at most twelve: how many the policy takes in each of two iterations, beside how many keep up."""
     generation, trainings = HOURS["paper"]
     training_s = [hours * seconds_per_hour for hours in trainings]
-    speed, rates = _speeds(num_prompts, generation * seconds_per_hour, training_s, FIND)
+    speed, rates = speeds(num_prompts, generation * seconds_per_hour, training_s, FIND)
     run, measured = _played(folder, ["sampler.num_replicas={min: 1, max: 12}"], speed, rates, num_prompts)
     changes = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines() if "sampler/num_replicas" in line]
     true = Rates(speed / (1 + 1 / SCORES_PER_SAMPLE), speed * SCORES_PER_SAMPLE, rates[0])
@@ -157,12 +163,14 @@ class TurnCosts:
     return_s: float = 0.0
 
 
-def start_fakes(count: int, speed: float, costs: TurnCosts = TurnCosts()) -> list[FleetMember]:
+def start_fakes(
+    count: int, speed: float, costs: TurnCosts = TurnCosts(), *, answer_tokens: int = 8, per_process: int = REPLICAS_PER_PROCESS
+) -> list[FleetMember]:
     """Handles of `count` replicas. Several share a process: 64 idle actors take most of a core by themselves."""
-    actor = ray.remote(num_cpus=0, max_concurrency=1000)(FakeFleet)
+    actor = ray.remote(num_cpus=0, max_concurrency=10_000)(FakeFleet)
     times = {"prompts_per_s": speed, "scores_per_s": speed * SCORES_PER_SAMPLE, "sleep_s": costs.sleep_s, "wake_s": costs.wake_s}
-    samplers = [FakeSampler(Version(0), **times) for _ in range(count)]
-    parts = [samplers[start : start + REPLICAS_PER_PROCESS] for start in range(0, count, REPLICAS_PER_PROCESS)]
+    samplers = [FakeSampler(Version(0), **times, answer_tokens=answer_tokens) for _ in range(count)]
+    parts = [samplers[start : start + per_process] for start in range(0, count, per_process)]
     fleets = [actor.remote(part) for part in parts]
     return [FleetMember(fleet, member) for fleet, part in zip(fleets, parts, strict=True) for member in range(len(part))]
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import psutil
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from spin_ray.bench.common import print_result
+from spin_ray.bench.common import print_result, processes
 from spin_ray.bench.scale import play
 from spin_ray.chatter import captured_output
 from spin_ray.config import load_config
@@ -78,21 +79,17 @@ def look(run: RunDir, num_iterations: int, found: dict[str, list[float]]) -> Non
             time.sleep(0.02)
         state = get_state_from_address(ray.get_runtime_context().gcs_address)  # no public call tells what the store holds
         used = get_memory_info_reply(state).store_stats.object_store_bytes_used
-        for name, value in {**processes(), STORE: used}.items():
+        for name, value in {**memory(), STORE: used}.items():
             found.setdefault(name, []).append(round(value / 2**20, 1))
 
 
-def processes() -> dict[str, int]:
+def memory() -> dict[str, int]:
     """Private bytes of this run's processes, summed by what they are."""
-    own, found = psutil.Process(), Counter()
-    for process in [own, *own.children(recursive=True)]:
-        try:
-            title, memory = process.cmdline()[0], process.memory_info()
-        except (psutil.NoSuchProcess, IndexError):  # it ended while we looked
-            continue
-        if process == own or title.startswith("ray::"):
-            name = "driver" if process == own else title.removeprefix("ray::").split(".")[0].split("(")[0]
-            found[name] += memory.rss - memory.shared
+    found = Counter()
+    for name, process in processes():
+        with suppress(psutil.NoSuchProcess):  # it ended while we looked
+            held = process.memory_info()
+            found[name] += held.rss - held.shared
     return found
 
 

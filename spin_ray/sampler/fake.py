@@ -31,9 +31,9 @@ class FakeSampler:
     def __init__(
         self, version: Version, *, prompts_per_s: float = 1e6, scores_per_s: float = 1e6, start_s: float = 0.0, load_s: float = 0.0,
         fail_after: int | None = None, dies: bool = False, hang_after: float = math.inf, mute: bool = False,
-        sleep_s: float = 0.0, wake_s: float = 0.0,
+        sleep_s: float = 0.0, wake_s: float = 0.0, answer_tokens: int = 8,
     ):
-        self._version = version
+        self._version, self._answer_tokens = version, answer_tokens
         self._seconds = {"sample": 1 / prompts_per_s, "score": 1 / scores_per_s}
         self._start_s, self._load_s, self._sleep_s, self._wake_s = start_s, load_s, sleep_s, wake_s
         self._fail_after, self._dies, self._hang_after, self._mute = fail_after, dies, hang_after, mute
@@ -97,7 +97,7 @@ class FakeSampler:
 
     def _completion(self, prompt: np.ndarray, settings: SamplingSettings) -> Completion:
         digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
-        ids = np.frombuffer(digest, np.uint8)[: min(8, settings.max_new_tokens)].astype(np.int32)
+        ids = np.resize(np.frombuffer(digest, np.uint8), min(self._answer_tokens, settings.max_new_tokens)).astype(np.int32)
         return Completion(self._version, ids, np.full(len(ids), -1.0, np.float32), "stop")
 
 

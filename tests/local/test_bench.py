@@ -41,6 +41,23 @@ def test_slope_nothing_is_kept_from_iteration_to_iteration():
     assert min(store[-3:]) < 4 * 40, store  # an iteration's end meets one to four versions on their way; all eight would stay
 
 
+@pytest.mark.slow
+def test_saturation_measures_simulates_and_is_held_against_a_run(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "spin_ray", "bench", "saturation", "--sizes", "8x1", "--check", "3x2", "--costs", str(tmp_path / "costs")],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["costs"] == json.loads((tmp_path / "costs").read_text())
+    pool, loop = result["costs"]["pool"], result["costs"]["loop"]
+    for cost in (pool["play"], pool["heartbeat"], pool["load"], loop["play_prompt"], loop["driver_block"], loop["coordinator_read"]):
+        assert 1e-6 < cost < 0.1, result["costs"]
+    assert all(0.2 < ratio < 5 for ratio in result["checks"][0]["ratio"].values()), result["checks"]
+    assert [row["saturated"] for row in result["rows"]] == [[], []]
+
+
 def test_rows_prepares_every_format():
     done = subprocess.run(
         [sys.executable, "-m", "spin_ray", "bench", "rows", "--rows", "700", "--formats", "csv"],
