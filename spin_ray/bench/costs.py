@@ -82,9 +82,7 @@ class LoopCosts:
     """The driver asks what the workers have to say."""
     coordinator_idle: float = 0.0
     rank_pair: float = 0.0
-    """A rank reads a pair."""
-    rank_pair_bytes: float = 0.0
-    """What it holds of it until the iteration's end, in bytes."""
+    """A rank reads a pair, and keeps it on its disk for later epochs."""
 
 
 @dataclass(frozen=True)

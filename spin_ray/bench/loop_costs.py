@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 
 from spin_ray.background import in_background
@@ -28,6 +27,7 @@ from spin_ray.config import Config
 from spin_ray.exchange.pairs import PlayPlan, Stored, play, write_prompts
 from spin_ray.learner.coordinator import Base, Coordinator
 from spin_ray.learner.group import POLL_S
+from spin_ray.learner.kept import Kept
 from spin_ray.learner.messages import Stop
 from spin_ray.manifest import RunDir
 from spin_ray.methods import method_of
@@ -35,7 +35,7 @@ from spin_ray.model import inspect_model
 from spin_ray.overlap import Overlap
 from spin_ray.placement import beside_driver
 from spin_ray.preflight import Proof
-from spin_ray.records import Prompt, Saved, Span, Version
+from spin_ray.records import Prompt, Saved, Span, Version, opponent_reference
 from spin_ray.reporting import Reporting
 from spin_ray.sampler.fake import FleetMember
 from spin_ray.sampler.pool import Limits, start_pool
@@ -75,18 +75,17 @@ def measure_loop(config: Config, folder: Path) -> LoopCosts:
         alone, few, all_ranks = (_blocks(actors, ranks) for ranks in (0, READERS, READERS**2))
         reports, command = _reports(config, folder / "reports", actors[0]), _command(actors)
     play_prompt, block_waiting = slope((1, one.play), (BLOCK, block.play)), slope((FEW, one.driver), (MANY, waiting.driver))
-    rank_pair, rank_pair_bytes = _rank_pair(folder / "pipeline_40")
     read = slope((READERS, few["Coordinator"]), (READERS**2, all_ranks["Coordinator"]))
     return LoopCosts(
         play_block=max(0.0, one.play - play_prompt), play_prompt=play_prompt, play_idle=one.idle["MapWorker"],
         driver_block=max(0.0, one.driver - FEW * block_waiting),
         driver_block_waiting=block_waiting, driver_begin=slope((small, one.begin), (many, waiting.begin)),
         driver_read=slope((0, alone["driver"]), (READERS, few["driver"])), driver_idle=one.idle["driver"],
-        driver_waiting=slope((FEW, one.idle["driver"]), (MANY, waiting.idle["driver"])), 
+        driver_waiting=slope((FEW, one.idle["driver"]), (MANY, waiting.idle["driver"])),
         driver_report=reports["driver"], driver_span=_span_to_keep(folder),
         coordinator_block=alone["Coordinator"], coordinator_read=read, coordinator_command=command,
         coordinator_report=reports["Coordinator"], coordinator_poll=reports["poll"],
-        coordinator_idle=one.idle["Coordinator"], rank_pair=rank_pair, rank_pair_bytes=rank_pair_bytes,
+        coordinator_idle=one.idle["Coordinator"], rank_pair=_rank_pair(folder / "pipeline_40"),
     )
 
 
@@ -228,13 +227,14 @@ def _reports(config: Config, folder: Path, actor: Any) -> dict[str, float]:
         return {**meter.each(NUM_STEPS), "poll": polls["Coordinator"]}
 
 
-def _rank_pair(folder: Path) -> tuple[float, float]:
-    """In this process: CPU seconds and bytes of a pair that is read and kept."""
-    paths, process = sorted(folder.rglob("iter_000/pairs/block_*.parquet")), psutil.Process()
-    held, begun, before = [], time.thread_time(), process.memory_info().rss
-    for path in paths:
-        held += Stored(path, DISK).pairs()
-    return (time.thread_time() - begun) / len(held), (process.memory_info().rss - before) / len(held)
+def _rank_pair(folder: Path) -> float:
+    """In this process: CPU seconds of a pair that is read and kept."""
+    kept, begun, count = Kept(), time.thread_time(), 0
+    for path in sorted(folder.rglob("iter_000/pairs/block_*.parquet")):
+        pairs = Stored(path, DISK).pairs()
+        kept.extend([(pair, np.array([opponent_reference(pair)])) for pair in pairs])
+        count += len(pairs)
+    return (time.thread_time() - begun) / count
 
 
 def _span_to_keep(folder: Path) -> float:

@@ -99,9 +99,7 @@ def _row(way: str, replicas: int, workers: int, faster: float, costs: Costs) -> 
     """A day at this size, beside the same day with a control plane that takes no time."""
     setup = WAYS[way](replicas, workers, faster)
     row = {"way": way, "size": f"{replicas}x{workers}", **compare(setup, Day(setup, Costs()).run(), Day(setup, costs).run())}
-    pairs = 2 * setup.prompts
     row["rank_reads_share"] = round(costs.loop.rank_pair * setup.trained_per_s / setup.epochs, 4)
-    row["rank_holds_gib"] = round(pairs * costs.loop.rank_pair_bytes / 2**30, 1)
     print(_line(row), flush=True)
     return row
 
