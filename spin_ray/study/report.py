@@ -17,9 +17,9 @@ from spin_ray.study.lines import Line, Lines
 from spin_ray.study.picture import Curve, draw_curves, draw_grid
 
 COLUMNS = (
-    ("right_probability", "right at T=1", 3), ("exact_match_greedy_share", "right, greedy", 3), ("human_similarity", "like human ones", 3), ("human_distance", "far from human ones", 3),
-    ("real_nll_nats_per_token", "NLL of y", 3), ("generated_tokens", "tokens", 1), ("advantage_accuracy", "y told from y'", 3),
-    ("kl_from_start_nats_per_token", "KL from theta_0", 3),
+    ("right_probability", "right at T=1", 3), ("exact_match_greedy_share", "right, greedy", 3), ("human_similarity", "like human ones", 3),
+    ("human_distance", "far from human ones", 3), ("real_nll_nats_per_token", "NLL of y", 3), ("generated_tokens", "tokens", 1),
+    ("advantage_accuracy", "y told from y'", 3), ("kl_from_start_nats_per_token", "KL from theta_0", 3),
 )
 """Metric, head of its column, digits."""
 
