@@ -161,7 +161,7 @@ class Learner:
         config, hardware = self._args.config, self._args.hardware
         elastic = config.fewest < config.most
         scaling = ray.train.ScalingConfig(
-            num_workers=(config.fewest, config.most) if elastic else config.num_workers,
+            num_workers=(config.fewest, config.most) if elastic else config.most,
             label_selector=dict(config.label_selector) or None, use_gpu=hardware.learner_gpus > 0,
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
         )

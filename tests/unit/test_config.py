@@ -260,12 +260,18 @@ def test_lookahead_refuses_the_scorer_that_waits_for_all_blocks(minimal):
     ("0", "must be at least 1"), ("{min: 2, max: 1}", "min is larger than max"), ("{min: 1}", "give a number, or {min: 1, max: 8}"),
     ("1.5", "must be at least 1, a whole number"), ("many", "must be at least 1, a whole number"), ("{min: 0, max: 3}", "must be at least 1"),
 ])
-def test_a_number_of_replicas_that_cannot_be_meant(given, complaint):
+@pytest.mark.parametrize("key", ["sampler.num_replicas", "learner.num_workers"])
+def test_a_number_of_players_that_cannot_be_meant(key, given, complaint):
     with pytest.raises(BadInput, match=re.escape(complaint)):
-        load_config("conf/demo.yaml", [f"sampler.num_replicas={given}"])
+        load_config("conf/demo.yaml", [f"{key}={given}"])
 
 
-def test_a_number_of_replicas_or_two_bounds():
-    between, _ = load_config("conf/demo.yaml", ["sampler.num_replicas={min: 2, max: 5}"])
-    assert (between.sampler.fewest, between.sampler.most) == (2, 5)
-    assert load_config("conf/demo.yaml", [])[0].sampler.fewest == load_config("conf/demo.yaml", [])[0].sampler.most == 1
+def test_a_number_of_players_or_two_bounds():
+    given = ["sampler.num_replicas={min: 2, max: 5}", "learner.num_workers={min: 3, max: 7}"]  # 32 pairs divide by none of these workers but 4
+    between, _ = load_config("conf/demo.yaml", given)
+    assert (between.sampler.fewest, between.sampler.most) == (2, 5) and (between.learner.fewest, between.learner.most) == (3, 7)
+    for more, complaint in (("learner.batch_pairs=6", "fewer pairs than"), ("learner.optimizer=adamw_8bit", "its moments cannot be cut")):
+        with pytest.raises(BadInput, match=complaint):
+            load_config("conf/demo.yaml", [*given, more])
+    one, _ = load_config("conf/demo.yaml", ["learner.num_workers={min: 2, max: 2}"])
+    assert one.learner.fewest == one.learner.most == 2
