@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,11 +36,6 @@ def _is_meant(value: str | None, wanted: str) -> bool:
     if several := _ONE_OF.fullmatch(wanted):
         return (value in [each.strip() for each in several[2].split(",")]) != bool(several[1])
     return value != wanted[1:] if wanted.startswith("!") else value == wanted
-
-
-def room(free: Mapping[str, float], each: Mapping[str, float]) -> float:
-    """How many actors that take so much each fit into what is free; inf for those that take nothing."""
-    return min((int((free.get(resource, 0) + _EPSILON) / amount) for resource, amount in each.items() if amount), default=math.inf)
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,8 @@ def _left_over(nodes: Sequence[Node], order: Sequence[Actors]) -> dict[str, int]
         meant.sort(key=lambda number: sum(nodes[number].is_meant(later.selector) for later in order[place + 1 :]))
         left = kind.number
         for number in meant:
-            placed = int(min(left, room(free[number], kind.each)))
+            room = [int((free[number].get(resource, 0) + _EPSILON) / amount) for resource, amount in kind.each.items() if amount]
+            placed = min([left, *room])
             for resource, amount in kind.each.items():
                 free[number][resource] = free[number].get(resource, 0) - placed * amount
             left -= placed

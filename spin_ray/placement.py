@@ -51,6 +51,8 @@ class Hardware:
     """Whether the learner's workers go before all others that want the same cores."""
     actors: tuple[Actors, ...] = ()
     """What the cluster must have room for."""
+    beside_players: tuple[Actors, ...] = ()
+    """Those of them that are no players."""
     logits_elements: int = 12 * 2**20
     """Logits that the learner's output layer holds at a time: small keeps a CPU's memory low, large keeps a GPU busy."""
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -109,7 +111,8 @@ def choose_hardware(
         Actors("sampler", num_replicas, {"GPU": sampler_gpus, "CPU": sampler.cpus_per_replica}, sampler.label_selector),
         Actors("learner", num_workers, {"GPU": learner_gpus, "CPU": config.learner.cpus_per_worker}, config.learner.label_selector),
     ]
-    actors = (*players, Actors("play process", play_processes(blocks_in_flight), {"CPU": PLAY_TASK_CPUS}))
+    beside = (Actors("play process", play_processes(blocks_in_flight), {"CPU": PLAY_TASK_CPUS}),)
+    actors = (*players, *beside)
     if not may_grow:
         if takes_turns and sampler_gpus:  # one of each on every GPU
             for player in players:
@@ -125,7 +128,8 @@ def choose_hardware(
     }
     return Hardware(
         device="cuda" if learner_gpus else "cpu", dtype=dtype, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus,
-        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt, actors=actors, blocks_in_flight=blocks_in_flight,
+        audit_tolerance=tolerance, share_prompt=config.learner.share_prompt, actors=actors, beside_players=beside,
+        blocks_in_flight=blocks_in_flight,
         torch_backend="nccl" if learner_gpus else "gloo", learner_first=learner_first, takes_turns=takes_turns,
         logits_elements=(256 if learner_gpus else 12) * 2**20, engine=gpu_engine if sampler_gpus else {"enforce_eager": True},
         sampler_env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **({} if sampler_gpus else cpu_env)},

@@ -88,7 +88,7 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
         players = stack.enter_context(
             start_players(config, thetas, hardware, max_model_len, proof_pairs(prepared.first), samplers=samplers)
         )
-        with Tracker(config, run.path) as tracker, terminal:
+        with Tracker(config, run.path, terminal.say) as tracker, terminal:
             SelfPlay(config, thetas, facts, prepared, hardware, players, proof, tracker, terminal, interrupts).play()
 
 

@@ -52,10 +52,9 @@ def read_template(chosen: str) -> str:
     if not chosen:
         return ""
     shipped = shipped_templates()
-    file = shipped.get(chosen, Path(chosen).expanduser())
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        text = shipped.get(chosen, Path(chosen).expanduser()).read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:  # of a home that nobody has
         why = "no such file" if isinstance(error, FileNotFoundError) else _first_line(error)
         raise BadInput(f"model.chat_template={chosen}: {why}; give a Jinja file, or one of {', '.join(shipped)}") from error
     if not text.strip():

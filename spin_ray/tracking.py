@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,17 @@ def _mode(config: Config) -> str:
 
 
 class Tracker:
-    """One per run, in the driver. A resumed run goes on in the same W&B run."""
+    """One per run, in the driver. A resumed run goes on in the same W&B run.
 
-    def __init__(self, config: Config, run_path: Path):
+    W&B has a process of its own. One that dies ends no run, which `say` is told: `ray job stop` sends its signal to all processes of a
+    job, and the run must still save what it has.
+    """
+
+    def __init__(self, config: Config, run_path: Path, say: Callable[[str], None] = print):
         with without_gc():
             import wandb
 
-        self._lock = threading.Lock()
+        self._lock, self._say, self._lost = threading.Lock(), say, False
         self._file = (run_path / "metrics.jsonl").open("a", buffering=1)
         try:
             self._wandb = wandb.init(
@@ -76,7 +80,23 @@ class Tracker:
         named = {f"{group}/{name}": value for name, value in metrics.items()}
         with self._lock, readable_disk_errors(Path(self._file.name)):  # the players' threads log side by side
             self._file.write(json.dumps({"time": round(time.time(), 3), **stamp, **named}) + "\n")
-            self._wandb.log({**stamp, **{name: self._for_wandb(value) for name, value in named.items()}})
+            self._send({**stamp, **{name: self._for_wandb(value) for name, value in named.items()}})
+
+    def _send(self, values: Mapping[str, Any]) -> None:
+        if not self._lost:
+            with self._noting_its_end():
+                self._wandb.log(values)
+
+    @contextlib.contextmanager
+    def _noting_its_end(self) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionError as error:
+            self._lost = True
+            self._say(
+                f"Weights & Biases' own process has ended ({in_one_line(error)}): from here on metrics are in metrics.jsonl alone, "
+                "until the same command goes on"
+            )
 
     @staticmethod
     def _for_wandb(value: Any) -> Any:
@@ -96,22 +116,29 @@ class Tracker:
         import wandb
 
         with self._lock:
-            self._wandb.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+            self._send({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
     def image(self, name: str, path: Path) -> None:
         """A picture, to W&B only."""
         import wandb
 
         with self._lock:
-            self._wandb.log({name: wandb.Image(str(path))})
+            self._send({name: wandb.Image(str(path))})
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        import wandb
+
         with self._lock:
             self._file.close()
-            self._wandb.finish(exit_code=int(error is not None and not issubclass(error, Enough)))
+            if not self._lost:
+                with self._noting_its_end():
+                    self._wandb.finish(exit_code=int(error is not None and not issubclass(error, Enough)))
+            if self._lost:
+                with contextlib.suppress(ConnectionError):
+                    wandb.teardown()  # else it complains when Python ends
 
 
 def _stable_id(path: Path) -> str:

@@ -90,6 +90,12 @@ def check(config: Config) -> None:
         _check_quantization(config)
     if config.learner.optimizer == "adamw_8bit":
         _need_bitsandbytes("learner.optimizer=adamw_8bit")
+    sampler, learner = config.sampler, config.learner
+    if sampler.fewest < sampler.most and learner.fewest < learner.most and not _apart(sampler.label_selector, learner.label_selector):
+        raise BadInput(
+            f"sampler.num_replicas={sampler.num_replicas} and learner.num_workers={learner.num_workers} would take the same nodes from "
+            "each other; give one of them as one number, or both a label of other nodes (sampler.label_selector, learner.label_selector)"
+        )
     if config.weights.transport != "object_store":
         _check_transport(config)
     if config.overlap.mode == "lookahead" and config.reference.scorer == "learner":
@@ -99,10 +105,16 @@ def check(config: Config) -> None:
         )
 
 
+def _apart(ours: dict[str, str], theirs: dict[str, str]) -> bool:
+    """Whether two selectors want different values of one label."""
+    return any(theirs.get(label, value) != value for label, value in ours.items())
+
+
 def _check_transport(config: Config) -> None:
     name, other = f"weights.transport={config.weights.transport}", "weights.transport=object_store"
     if (config.lora.rank or config.model.adapter) and config.lora.sync == "adapter":
-        raise BadInput(f"{name} does not go with lora.sync=adapter, of which only an adapter travels; set {other}, or lora.sync=merged")
+        merged = "" if config.model.adapter else ", or lora.sync=merged"
+        raise BadInput(f"{name} does not go with lora.sync=adapter, of which only an adapter travels; set {other}{merged}")
     if config.placement.mode == "shared":
         raise BadInput(f"{name} does not go with placement.mode=shared, where both players are on the same devices; set {other}")
     if config.weights.timeout_s > config.sampler.request_timeout_s:

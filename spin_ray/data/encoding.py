@@ -10,6 +10,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +30,7 @@ SERIAL_BATCHES = 60
 """Batches before other processes are worth the seconds that they take to start."""
 MOST_PROCESSES = 8
 """More do not help: one process reads the rows of all."""
+WATCH_S = 1.0
 Row = tuple[str, Any]
 """Its place in the source, and what stands there."""
 Ids = tuple[Sequence[int], ...]
@@ -105,18 +108,32 @@ Batch = tuple[list[str], list[Encoded | ValueError], Counter[str]]
 
 def encoded(encoder: Encoder, rows: Iterator[Row], num_processes: int) -> Iterator[Batch]:
     """All rows in their order, a batch at a time; from the first `SERIAL_BATCHES` on by other processes, if there are to be several."""
-    batches = iter(lambda: list(itertools.islice(rows, BATCH_ROWS)), [])
+    batches = _batches(rows)
     for batch in itertools.islice(batches, SERIAL_BATCHES if num_processes > 1 else None):
         yield [where for where, _ in batch], *encoder.encode(batch)
     if (batch := next(batches, None)) is not None:
         yield from _side_by_side(encoder, itertools.chain([batch], batches), num_processes)
 
 
-def _side_by_side(encoder: Encoder, batches: Iterable[list[Row]], num_processes: int) -> Iterator[Batch]:
-    """At most three batches for each process are under way, so what waits does not grow with the source.
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """A row that cannot be read is told only when those before it have had their turn: one of them may be refused."""
+    batch: list[Row] = []
+    try:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == BATCH_ROWS:
+                yield batch
+                batch = []
+    except BadInput:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
-    A row that cannot be read is told only when those before it have had their turn: one of them may be refused.
-    """
+
+def _side_by_side(encoder: Encoder, batches: Iterable[list[Row]], num_processes: int) -> Iterator[Batch]:
+    """At most three batches for each process are under way, so what waits does not grow with the source."""
     under_way: deque[tuple[list[str], Future]] = deque()
     processes = ProcessPoolExecutor(
         num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(encoder,)
@@ -170,6 +187,14 @@ def _begin(encoder: Encoder) -> None:
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started them ends them
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A driver that is killed ends nobody, and a process of a pool would wait for its next rows for ever."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os._exit(1)
 
 
 def _encode(rows: list[Row]) -> tuple[list[Encoded | ValueError], Counter[str]]:

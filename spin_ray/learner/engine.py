@@ -37,7 +37,7 @@ from spin_ray.learner.names import FolderNames, Group
 from spin_ray.learner.packing import pack, plan_micro_batches, row_tokens
 from spin_ray.learner.proof import NUM_PARAMETERS, TOLERANCES, Facts, compare
 from spin_ray.learner.quantized import adamw_8bit, plain, quantize, true_shape
-from spin_ray.learner.recut import Shards, optimizer_files, take_up
+from spin_ray.learner.recut import Shards, num_ranks, take_up
 from spin_ray.learner.resting import Resting
 from spin_ray.learner.sharded import read_in_shards
 from spin_ray.losses import GENERATED, REAL, LikelihoodObjective, PairLogps, PairObjective
@@ -402,9 +402,10 @@ class MainPlayer:
         """Take up a checkpoint, which the user knows by `name`, of any number of ranks. Raises BadInput, naming it, if it is damaged."""
         name = name or str(folder)
         self._engine.checkpoint_engine.load = _load_known_types
-        others = len(optimizer_files(folder / _TAG)) not in (0, self.world_size)
+        load = partial(_load_known_types, map_location="cpu", mmap=True)
         try:
-            shards = Shards(folder / _TAG, partial(_load_known_types, mmap=True)) if others else None
+            others = num_ranks(folder / _TAG, load) not in (None, self.world_size)
+            shards = Shards(folder / _TAG, load) if others else None
             path = folder if others and self._sharded else self._engine.load_checkpoint(
                 str(folder), tag=_TAG, load_module_strict=self._adapter is None, load_module_only=others
             )[0]

@@ -170,7 +170,7 @@ class Learner:
             train_loop_config={"args": self._args},
             torch_config=ray.train.torch.TorchConfig(backend=hardware.torch_backend),
             scaling_config=scaling,
-            policy=ByWhatIsFree(scaling, self.coordinator, config.label_selector) if elastic else None,
+            policy=ByWhatIsFree(scaling, self.coordinator, config.label_selector, hardware.beside_players) if elastic else None,
             run_config=ray.train.RunConfig(
                 **self._args.storage.for_ray_train(self._ray_train.parent), name=self._ray_train.name,
                 failure_config=ray.train.FailureConfig(max_failures=-1 if elastic else self._max_failures),

@@ -29,6 +29,7 @@ MASTERS = "masters"
 """Our key of the fp32 weights, beside the optimizer's keys of its moments."""
 
 Load = Callable[[Path], dict[str, Any]]
+"""Reads a file, its tensors into the CPU's memory, and only those that are looked at: it maps the file."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,20 @@ class Piece:
     """In the group's flat tensor."""
 
 
-def optimizer_files(folder: Path) -> list[Path]:
-    """Of a checkpoint's folder, by rank; none without ZeRO."""
-    return sorted(folder.glob("*_optim_states.pt"), key=lambda path: int(path.name.split("pp_rank_")[1].split("_")[0]))
+def num_ranks(folder: Path, load: Load) -> int | None:
+    """How many wrote a checkpoint's folder; None without ZeRO, where any number may read it.
+
+    Files of further ranks may lie there: of a larger group, which died while it wrote the same progress to an object store.
+    """
+    return _model_states(folder, load)["dp_world_size"] if _optimizer_files(folder) else None
+
+
+def _model_states(folder: Path, load: Load) -> dict[str, Any]:
+    return load(min(folder.glob("*_model_states.pt")))
+
+
+def _optimizer_files(folder: Path) -> dict[int, Path]:
+    return {int(path.name.split("pp_rank_")[1].split("_")[0]): path for path in folder.glob("*_optim_states.pt")}
 
 
 class Shards:
@@ -57,12 +69,13 @@ class Shards:
     """
 
     def __init__(self, folder: Path, load: Load):
-        self._ranks = [load(path)["optimizer_state_dict"] for path in optimizer_files(folder)]
-        """Of each rank. Their tensors are read when they are asked for, if `load` maps the file."""
+        files, model = _optimizer_files(folder), _model_states(folder, load)
+        ranks = range(model["dp_world_size"])
+        if missing := [rank for rank in ranks if rank not in files]:
+            raise ValueError(f"{len(ranks)} ranks wrote it, and the file of rank {missing[0]} is not there")
+        self._ranks = [load(files[rank])["optimizer_state_dict"] for rank in ranks]
         self._pieces: dict[str, list[tuple[int, Piece]]] = {}
-        model, sharded = load(min(folder.glob("*_model_states.pt"))), "fp32_flat_groups" in self._ranks[0]
-        if len(self._ranks) != model["dp_world_size"]:
-            raise ValueError(f"files of {len(self._ranks)} ranks, and {model['dp_world_size']} wrote it")
+        sharded = "fp32_flat_groups" in self._ranks[0]
         shapes = model["param_shapes"] if sharded else []
         for rank, states in enumerate(self._ranks):
             pieces = _equal_parts(shapes, rank, len(self._ranks)) if sharded else self._between_ends(states["param_slice_mappings"])
@@ -108,9 +121,10 @@ def take_up(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
         zero.checkpoint_event_prologue()  # small parameters are whole on every rank until then
     for group, (parameters, flat) in enumerate(zip(groups, flats, strict=True)):
         pieces = _shards_of(parameters, names, group, engine.global_rank) if sharded else _fragments_of(parameters, names, group)
-        state = zero.optimizer.state[flat]
+        state, fused = zero.optimizer.state[flat], zero.optimizer.param_groups[0].get("fused")
+        steps_are_on = flat.device if fused else "cpu"
         for key, moment in shards.moments.items():  # none are there before the first step
-            state[key] = torch.zeros_like(flat, dtype=moment.dtype) if moment.ndim else moment.clone()
+            state[key] = torch.zeros_like(flat, dtype=moment.dtype) if moment.ndim else moment.to(steps_are_on, copy=True)
         for parameter, piece in pieces:
             mine = slice(piece.place, piece.place + piece.count)
             for key, to in ((MASTERS, flat.data), *((key, moment) for key, moment in state.items() if moment.ndim)):

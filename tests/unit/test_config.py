@@ -267,7 +267,11 @@ def test_a_number_of_players_that_cannot_be_meant(key, given, complaint):
 
 
 def test_a_number_of_players_or_two_bounds():
-    given = ["sampler.num_replicas={min: 2, max: 5}", "learner.num_workers={min: 3, max: 7}"]  # 32 pairs divide by none of these workers but 4
+    given = ["sampler.num_replicas={min: 2, max: 5}", "learner.num_workers={min: 3, max: 7}", "sampler.label_selector={pool: a}"]
+    for selector in ("{}", "{pool: a}", "{zone: c}"):
+        with pytest.raises(BadInput, match="would take the same nodes from each other"):
+            load_config("conf/demo.yaml", [*given, f"learner.label_selector={selector}"])
+    given.append("learner.label_selector={pool: b}")
     between, _ = load_config("conf/demo.yaml", given)
     assert (between.sampler.fewest, between.sampler.most) == (2, 5) and (between.learner.fewest, between.learner.most) == (3, 7)
     for more, complaint in (("learner.batch_pairs=6", "fewer pairs than"), ("learner.optimizer=adamw_8bit", "its moments cannot be cut")):

@@ -22,13 +22,19 @@ def node(gpus, cpus=8.0, **labels):
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4), st.booleans()), max_size=5), st.integers(1, 12))
 def test_so_many_fit_and_no_more(free, most):
     nodes = [node(gpus, cpus, pool="a" if meant else "b") for gpus, cpus, meant in free]
-    fitting = num_fitting(nodes, GPU, {"pool": "a"}, most=most)
+    fitting = num_fitting(nodes, Actors("worker", most, GPU, {"pool": "a"}))
     assert 0 <= fitting <= most
     if fitting:
         check_fit(nodes, [Actors("worker", fitting, GPU, {"pool": "a"})])
     if fitting < most:
         with pytest.raises(DoNotFit):
             check_fit(nodes, [Actors("worker", fitting + 1, GPU, {"pool": "a"})])
+
+
+def test_what_starts_after_the_workers_finds_its_place():
+    worker, play = Actors("worker", 3, {"CPU": 0.5}), Actors("play process", 1, {"CPU": 0.1})
+    assert num_fitting([node(0, 1.5)], worker) == 3 and num_fitting([node(0, 1.5)], worker, [play]) == 2
+    assert num_fitting([node(0, 1.5), node(0, 0.1)], worker, [play]) == 3 and num_fitting([node(0, 0.4)], worker, [play]) == 0
 
 
 class Cluster:
@@ -82,9 +88,11 @@ def test_a_larger_group_follows_when_there_is_room_and_none_that_is_as_large(mon
     cluster.nodes = [node(1)]
     cluster.runs_with(2)
     assert cluster.room == 0  # not looked at yet
-    cluster.time += MONITOR_S
-    cluster.runs_with(2)
-    assert cluster.room == 1
+    for nodes, room in (([node(1)], 0), ([node(0)], 0), ([node(1)], 0), ([node(2)], 1)):  # what is free for a moment is not counted on
+        cluster.time += MONITOR_S
+        cluster.nodes = nodes
+        cluster.runs_with(2)
+        assert cluster.room == room
     cluster.time += MONITOR_S
     cluster.runs_with(4)
     assert cluster.room == 1
