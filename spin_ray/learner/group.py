@@ -186,7 +186,7 @@ class _Trainer(ray.train.torch.TorchTrainer):
     A number of workers that has bounds is decided by `policy`.
     """
 
-    def __init__(self, *parts: Any, policy: ByWhatIsFree | None, **more: Any):
+    def __init__(self, *parts: Any, policy: ByWhatIsFree | None = None, **more: Any):
         super().__init__(*parts, **more)
         self._policy = policy
 

@@ -1,6 +1,7 @@
 """Weights into real vLLM engines by a real sender process, over gloo: the same as through the object store, whatever breaks on the way."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def test_what_is_sent_is_what_would_be_fetched(opponent):
 
 
 @pytest.mark.parametrize("fault, said", [
-    ("dies", "the sender died"),
+    ("dies", "(the sender died|the sampler's engine failed)"),  # both ends hear of it, one of them first
     pytest.param("hangs", f"not within weights.timeout_s={TIMEOUT_S:g}", marks=pytest.mark.slow),
     pytest.param("raises", "this sender was told to raise", marks=pytest.mark.slow),
 ])
@@ -121,7 +122,7 @@ def test_a_transfer_that_breaks_in_the_middle_is_repeated_over_the_object_store(
     ray.get(pool.ready.remote(2))
     failed = ray.get(pool.failed_transfers.remote())
     assert [line.split(":")[0] for line in sorted(failed)] == ["sampler 0", "sampler 1"]
-    assert all(f"theta_{version.number} did not arrive over gloo: " in line and said in line for line in failed), failed
+    assert all(re.search(rf"theta_{version.number} did not arrive over gloo: .*{said}", line) for line in failed), failed
     assert ray.get(pool.num_restarts.remote()) == restarts + 2
     assert len(engines) == 2 and not any(engine.is_running() for engine in engines)
     assert fault != "hangs" or time.monotonic() - begun > TIMEOUT_S
