@@ -369,6 +369,7 @@ class Worker:
                     file.write_text(json.dumps(asdict(count)))
                 if self._steps_saved not in (0, count.steps):  # equal: from before a rollback, and replaced
                     storage.remove(_progress(command, self._steps_saved)[1])
+            self.wait_for_all_ranks()  # one that ends for an interrupt now would end the run before rank 0 has marked it
         self._steps_saved = count.steps
 
     def _write_folder(self, path: Path, write: Callable[[Path], None]) -> None:
