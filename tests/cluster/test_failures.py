@@ -30,8 +30,9 @@ def cluster(lab) -> Cluster:
 @pytest.fixture(scope="module")
 def late(cluster) -> tuple[Path, str]:
     """A run whose learner's host came when it was waited for, and what it has said. It also says what is to come of the others."""
+    before = said_on_head(cluster).count("waiting, ")  # of the job before
     job = cluster.submit(*words("conf/demo.yaml", "late", *SMALL, *ON_CPUS, "cluster.wait_s=300"))
-    wait_for(lambda: "waiting" in said_on_head(cluster) or job.poll() is not None, "the job to wait for a learner's host", 120)
+    wait_for(lambda: said_on_head(cluster).count("waiting, ") > before or job.poll() is not None, "the job to wait for a learner's host", 240)
     cluster.join("learn1", labels=LEARNS)
     return cluster.lab.shared / "runs/late", finished(job)
 
