@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -22,6 +23,16 @@ def in_background(function: Callable[..., Any], *args: Any) -> Future:
 
     threading.Thread(target=call, name=getattr(function, "__name__", "background"), daemon=True).start()
     return future
+
+
+WATCH_S = 0.5
+
+
+def end_with(parent: int, over: threading.Event) -> None:
+    """End this process, whatever it is blocked in, when its parent has ended before `over` is set."""
+    while not over.wait(WATCH_S):
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 class Threads:

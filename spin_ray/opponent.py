@@ -81,7 +81,7 @@ class Opponent:
         self._weights: PublishedWeights | None = None
         """What the samplers hold, if it came from the learner."""
         self._scaler, sampler = None, config.sampler
-        if sampler.fewest < sampler.most and not overlap.waits_for_all:  # where the main player waits for all, nothing is hidden
+        if sampler.is_elastic and not overlap.waits_for_all:  # where the main player waits for all, nothing is hidden
             self._scaler = Scaler(sampler.fewest, sampler.most, size=lambda: self._ask("size"), change=self._resize)
 
     def start(self) -> None:

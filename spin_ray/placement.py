@@ -97,7 +97,7 @@ def choose_hardware(
             "a replica takes as many GPUs as share its model"
         )
     takes_turns = samplers and learner and _takes_turns(config, num_gpus, sampler_gpus, learner_gpus, may_grow=may_grow)
-    if takes_turns and config.learner.fewest < config.learner.most:
+    if takes_turns and config.learner.is_elastic:
         raise BadInput(
             f"learner.num_workers={config.learner.num_workers} does not go with players that take turns (placement.mode=shared): the "
             "samplers would wait for devices that come and go; give one number"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 
 from spin_ray.storage import readable_disk_errors
@@ -42,6 +41,3 @@ class Spool:
                 self._file.flush()
             self._flushed = self._ends[-1]
         return os.pread(self._file.fileno(), end - begin, begin)
-
-    def read(self, numbers: Sequence[int]) -> list[bytes]:
-        return [self[int(number)] for number in numbers]

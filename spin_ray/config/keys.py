@@ -34,6 +34,26 @@ def bounds(count: int | dict[str, int]) -> tuple[int, int]:
     return (count["min"], count["max"]) if isinstance(count, dict) else (count, count)
 
 
+class Bounded:
+    """A section that says how many players of a kind there are: with a number, or with two bounds."""
+
+    COUNT = ""
+    """Its key."""
+
+    @property
+    def fewest(self) -> int:
+        return bounds(getattr(self, self.COUNT))[0]
+
+    @property
+    def most(self) -> int:
+        return bounds(getattr(self, self.COUNT))[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether their number may change while a run goes on."""
+        return self.fewest < self.most
+
+
 def check_bounds(key: str, count: Any) -> None:
     """Raise BadInput for what is neither such a number nor such a mapping."""
     if isinstance(count, dict) and count.keys() != {"min", "max"}:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from spin_ray.config.keys import at_least, bounds, check_bounds, one_of, within
+from spin_ray.config.keys import Bounded, at_least, check_bounds, one_of, within
 from spin_ray.errors import BadInput
 
 
 @dataclass
-class LearnerConfig:
+class LearnerConfig(Bounded):
+    COUNT = "num_workers"
+
     num_workers: Any = 1
     """Ray Train workers of the main player; {min: 1, max: 8}: as many of these as there is room for, one after the other if need be."""
     gpus_per_worker: int | None = at_least(0, None)
@@ -44,20 +46,12 @@ class LearnerConfig:
     compile: bool = False
     """torch.compile the layers' norms and feed-forward blocks; the first steps take a minute longer."""
 
-    @property
-    def fewest(self) -> int:
-        return bounds(self.num_workers)[0]
-
-    @property
-    def most(self) -> int:
-        return bounds(self.num_workers)[1]
-
     def check(self) -> None:
         check_bounds("learner.num_workers", self.num_workers)
         if self.offload_optimizer and self.zero_stage == 0:
             raise BadInput("learner.offload_optimizer=True needs learner.zero_stage 1, 2 or 3 (here 0): only ZeRO moves states to the CPU")
         batch, workers = self.batch_pairs, self.most
-        if self.fewest < self.most:
+        if self.is_elastic:
             self._check_elastic()
         elif batch % workers:
             raise BadInput(

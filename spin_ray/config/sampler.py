@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from spin_ray.config.keys import at_least, bounds, check_bounds, per_iteration, within
+from spin_ray.config.keys import Bounded, at_least, check_bounds, per_iteration, within
 
 
 @dataclass
-class SamplerConfig:
+class SamplerConfig(Bounded):
+    COUNT = "num_replicas"
+
     num_replicas: Any = 1
     """Opponent sampler actors, each with an engine of its own; {min: 1, max: 8}: as many of these as keep the learner from waiting."""
     tensor_parallel_size: int = at_least(1, 1)
@@ -38,14 +40,6 @@ class SamplerConfig:
     restart_window_s: float = at_least(0, 600.0)
     gpu_memory_utilization: float | None = within("(0, 1]", None)
     """Share of a GPU's memory for the engine. None: 0.9, or with placement.mode=shared what a learner that rests leaves, if less."""
-
-    @property
-    def fewest(self) -> int:
-        return bounds(self.num_replicas)[0]
-
-    @property
-    def most(self) -> int:
-        return bounds(self.num_replicas)[1]
 
     def check(self) -> None:
         check_bounds("sampler.num_replicas", self.num_replicas)

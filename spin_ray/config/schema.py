@@ -91,7 +91,7 @@ def check(config: Config) -> None:
     if config.learner.optimizer == "adamw_8bit":
         _need_bitsandbytes("learner.optimizer=adamw_8bit")
     sampler, learner = config.sampler, config.learner
-    if sampler.fewest < sampler.most and learner.fewest < learner.most and not _apart(sampler.label_selector, learner.label_selector):
+    if sampler.is_elastic and learner.is_elastic and not _apart(sampler.label_selector, learner.label_selector):
         raise BadInput(
             f"sampler.num_replicas={sampler.num_replicas} and learner.num_workers={learner.num_workers} would take the same nodes from "
             "each other; give one of them as one number, or both a label of other nodes (sampler.label_selector, learner.label_selector)"

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
+from spin_ray.background import end_with, in_background
 from spin_ray.chat import ChatFormat
 from spin_ray.config import DataConfig
 from spin_ray.data.choice import Chosen, choose, choose_preference
@@ -30,7 +30,6 @@ SERIAL_BATCHES = 60
 """Batches before other processes are worth the seconds that they take to start."""
 MOST_PROCESSES = 8
 """More do not help: one process reads the rows of all."""
-WATCH_S = 1.0
 Row = tuple[str, Any]
 """Its place in the source, and what stands there."""
 Ids = tuple[Sequence[int], ...]
@@ -187,14 +186,7 @@ def _begin(encoder: Encoder) -> None:
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started them ends them
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A driver that is killed ends nobody, and a process of a pool would wait for its next rows for ever."""
-    while os.getppid() == parent:
-        time.sleep(WATCH_S)
-    os._exit(1)
+    in_background(end_with, os.getppid(), threading.Event())  # a driver that is killed ends nobody: they would wait for rows for ever
 
 
 def _encode(rows: list[Row]) -> tuple[list[Encoded | ValueError], Counter[str]]:

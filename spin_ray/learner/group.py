@@ -159,9 +159,8 @@ class Learner:
 
     def _new_trainer(self) -> ray.train.torch.TorchTrainer:
         config, hardware = self._args.config, self._args.hardware
-        elastic = config.fewest < config.most
         scaling = ray.train.ScalingConfig(
-            num_workers=(config.fewest, config.most) if elastic else config.most,
+            num_workers=(config.fewest, config.most) if config.is_elastic else config.most,
             label_selector=dict(config.label_selector) or None, use_gpu=hardware.learner_gpus > 0,
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": hardware.learner_gpus} if hardware.learner_gpus else {})},
         )
@@ -170,10 +169,10 @@ class Learner:
             train_loop_config={"args": self._args},
             torch_config=ray.train.torch.TorchConfig(backend=hardware.torch_backend),
             scaling_config=scaling,
-            policy=ByWhatIsFree(scaling, self.coordinator, config.label_selector, hardware.beside_players) if elastic else None,
+            policy=ByWhatIsFree(scaling, self.coordinator, config.label_selector, hardware.beside_players) if config.is_elastic else None,
             run_config=ray.train.RunConfig(
                 **self._args.storage.for_ray_train(self._ray_train.parent), name=self._ray_train.name,
-                failure_config=ray.train.FailureConfig(max_failures=-1 if elastic else self._max_failures),
+                failure_config=ray.train.FailureConfig(max_failures=-1 if config.is_elastic else self._max_failures),
                 callbacks=[_TellCoordinator(self.coordinator, self._args.log_dir)],
             ),
         )

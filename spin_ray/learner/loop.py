@@ -214,7 +214,7 @@ class Worker:
         """Carry out the commands from the base's first one on, until a `Stop`."""
         import torch.distributed as dist
 
-        if self._args.config.fewest < self._args.config.most:
+        if self._args.config.is_elastic:
             self._log(Grouped(dist.get_world_size()))
         number = self._joined.base.first_command
         while not isinstance(command := self._command(number), Stop):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +118,20 @@ def take_up(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
     sharded = hasattr(groups[0][0], "ds_tensor")
     if sharded:
         zero.checkpoint_event_prologue()  # small parameters are whole on every rank until then
-    for group, (parameters, flat) in enumerate(zip(groups, flats, strict=True)):
-        pieces = _shards_of(parameters, names, group, engine.global_rank) if sharded else _fragments_of(parameters, names, group)
+    shapes = [{names[parameter]: parameter.ds_shape for parameter in group} for group in groups] if sharded else []
+    own = list(_equal_parts(shapes, engine.global_rank, engine.world_size) if sharded else _fragments_of(groups, names))
+    parameters = {name: parameter for parameter, name in names.items()}
+    for group, flat in enumerate(flats):
         state, fused = zero.optimizer.state[flat], zero.optimizer.param_groups[0].get("fused")
         steps_are_on = flat.device if fused else "cpu"
         for key, moment in shards.moments.items():  # none are there before the first step
             state[key] = torch.zeros_like(flat, dtype=moment.dtype) if moment.ndim else moment.to(steps_are_on, copy=True)
-        for parameter, piece in pieces:
+        for piece in (piece for piece in own if piece.group == group and piece.count):
             mine = slice(piece.place, piece.place + piece.count)
             for key, to in ((MASTERS, flat.data), *((key, moment) for key, moment in state.items() if moment.ndim)):
                 to[mine] = shards.read(key, piece.name, piece.begin, piece.count)
             if sharded:
-                parameter.ds_tensor.data[: piece.count] = flat.data[mine]
+                parameters[piece.name].ds_tensor.data[: piece.count] = flat.data[mine]
     if sharded:
         zero.checkpoint_event_epilogue()
 
@@ -144,20 +145,9 @@ def _equal_parts(groups: list[Mapping[str, torch.Size]], rank: int, num_ranks: i
             place += size
 
 
-def _shards_of(
-    parameters: Sequence[torch.nn.Parameter], names: Mapping[torch.nn.Parameter, str], group: int, rank: int
-) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
-    sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
-    for parameter, size, end in zip(parameters, sizes, accumulate(sizes), strict=True):
-        count = max(0, min(size, parameter.ds_numel - rank * size))
-        if count:
-            yield parameter, Piece(names[parameter], rank * size, count, group, end - size)
-
-
-def _fragments_of(
-    parameters: Sequence[torch.nn.Parameter], names: Mapping[torch.nn.Parameter, str], group: int
-) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
-    for parameter in parameters:
-        if mapping := parameter._hp_mapping:
-            place, part = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-            yield parameter, Piece(names[parameter], part.start, part.numel, group, place.start)
+def _fragments_of(groups: Sequence[Sequence[torch.nn.Parameter]], names: Mapping[torch.nn.Parameter, str]) -> Iterator[Piece]:
+    for group, parameters in enumerate(groups):
+        for parameter in parameters:
+            if mapping := parameter._hp_mapping:
+                place, part = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+                yield Piece(names[parameter], part.start, part.numel, group, place.start)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from spin_ray.background import end_with, in_background
+
 
 class WorkerExtension:
     """Methods beside those of vLLM's Worker."""
@@ -55,7 +57,7 @@ class WorkerExtension:
         """Join a sender's group. Several workers are processes that, blocked, would outlive the engine's: from here on they do not."""
         self._transfer_over = threading.Event()
         if self.parallel_config.world_size > 1:
-            threading.Thread(target=end_with, args=(os.getppid(), self._transfer_over), name="end_with", daemon=True).start()
+            in_background(end_with, os.getppid(), self._transfer_over)
         self.init_weight_transfer_engine(init_info)
         if getattr(self.weight_transfer_engine.model_update_group, "disabled", False):
             raise RuntimeError("there is no NCCL library, or VLLM_DISABLE_PYNCCL is set: nothing would be received, and nobody told")
@@ -98,16 +100,6 @@ class WorkerExtension:
 
         held = {number: (tensors, config)}
         manager._load_adapter = load
-
-
-WATCH_S = 0.5
-
-
-def end_with(parent: int, over: threading.Event) -> None:
-    """End this process, whatever it is blocked in, when its parent has ended before `over` is set."""
-    while not over.wait(WATCH_S):
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 ADAPTER_FILE = "adapter_model.safetensors"

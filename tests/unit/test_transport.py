@@ -11,18 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from spin_ray.background import WATCH_S
 from spin_ray.config import WeightsConfig
 from spin_ray.config.weights import DEVICES
 from spin_ray.errors import WeightsLate
 from spin_ray.opponent import Opponent
 from spin_ray.records import PublishedWeights, Saved, Version
-from spin_ray.sampler.worker import WATCH_S
 from spin_ray.transport import transport_of
 from spin_ray.transport.receiver import LAST, Handover
 
 BLOCKED = """
 import os, threading, time
-from spin_ray.sampler.worker import end_with
+from spin_ray.background import end_with
 parent = os.getppid()
 threading.Thread(target=end_with, args=(parent, threading.Event()), daemon=True).start()
 print(os.getpid(), flush=True)
