@@ -49,11 +49,13 @@ class Cluster:
         (host.home / ".ray/auth_token").write_text(self._token)
 
     def _start(self, host: Host, *words: str) -> None:
+        # Each host counts the memory of the one machine they all are: Ray's watch over it would kill a worker of a host that has enough.
         log = self._logs / f"{host.name}.log"
         for _ in range(MAX_STARTS):
             log.unlink(missing_ok=True)
             process = host.start(
                 RAY, "start", "--block", f"--node-ip-address={host.address}", *words, log=log, RAY_AUTH_MODE="token", RAY_worker_niceness="0",
+                RAY_memory_monitor_refresh_ms="0",
             )
             wait_for(
                 lambda: process.poll() is not None or "Ray runtime started" in log.read_text(), f"Ray on {host.name}", START_S  # noqa: B023
