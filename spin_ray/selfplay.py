@@ -30,6 +30,7 @@ from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.errors import Diverged, Enough, WeightsLost
 from spin_ray.exchange.audit import Audit, AuditError
+from spin_ray.exits import why_it_ends
 from spin_ray.guard import FirstLosses, Rollbacks
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base
@@ -58,7 +59,13 @@ def run_method(config: Config) -> None:
     """All iterations of a run, going on where an earlier one stopped; returns when the run is finished."""
     run = RunDir.open(config)
     with run.locked(), captured_output(run.logs / "driver.log") as to_user:
-        _run(config, run, Terminal(to_user))
+        terminal = Terminal(to_user, run.said)
+        try:
+            _run(config, run, terminal)
+        except BaseException as error:
+            if why := why_it_ends(error):
+                terminal.keep(f"spin-ray: {why}")  # it is said when all is shut down
+            raise
 
 
 def _run(config: Config, run: RunDir, terminal: Terminal) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -22,7 +24,9 @@ COLUMNS = (
 class Terminal:
     """On a terminal the players' lines are redrawn in place; in a log file each is printed now and then."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO, kept: Path | None = None) -> None:
+        """`kept`: a file that gets every line that is said, with its time, for those who look at the run later."""
+        self._kept = kept
         self._console = Console(file=file, highlight=False, emoji=False)
         columns = TextColumn("{task.description:<12}"), BarColumn(24), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
@@ -39,6 +43,16 @@ class Terminal:
         self._live.stop()
 
     def say(self, text: str) -> None:
+        self._print(text)
+        self.keep(text)
+
+    def keep(self, text: str) -> None:
+        """Let what is said elsewhere stand in the file of what was said."""
+        if self._kept:
+            with suppress(OSError), self._kept.open("a", encoding="utf-8", errors="backslashreplace") as file:  # a full disk is told elsewhere
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}  {text}\n")
+
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def status(self, text: str) -> None:
@@ -48,14 +62,14 @@ class Terminal:
             self._console.file.flush()
         elif text and time.monotonic() - self._status_printed >= PLAIN_EVERY_S:
             self._status_printed = time.monotonic()
-            self.say(text)
+            self._print(text)
 
     def progress(self, player: str, done: int, total: int, text: str) -> None:
         """Redraw the line of a player: "opponent" or "main player"."""
         self._live.update(self._tasks[player], completed=done, total=total, text=text)
         if self._live.disable and time.monotonic() - self._printed[player] >= PLAIN_EVERY_S:
             self._printed[player] = time.monotonic()
-            self.say(f"{player:<12} {text}")
+            self._print(f"{player:<12} {text}")
 
     def row(self, cells: Mapping[str, Any], others: Collection[str] = ()) -> None:
         """One line of the run's table: a model and, where it was trained here, its iteration. `others`: columns of later rows."""
