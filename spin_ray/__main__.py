@@ -115,6 +115,21 @@ def _study(args: argparse.Namespace) -> None:
     run_study(args.words, Path(args.out), Size(args.seeds, args.concurrent))
 
 
+def _chat(args: argparse.Namespace) -> None:
+    from spin_ray.look.chat import chat
+
+    chat(
+        args.run, iteration=args.iteration, compare=args.compare, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        system=args.system, seed=args.seed,
+    )
+
+
+def _show(args: argparse.Namespace) -> None:
+    from spin_ray.look.show import show
+
+    show(args.run, args.key, follow=args.follow, as_json=args.json)
+
+
 def _bench(args: argparse.Namespace) -> int:
     return importlib.import_module(f"spin_ray.bench.{args.name}").main(args.options)
 
@@ -146,6 +161,7 @@ def _bench_lines() -> list[str]:
 
 _CONFIG = ("config", {"help": "YAML file, for example conf/demo.yaml"})
 _OVERRIDES = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that replace the file's, such as spin.beta=0.1"})
+_JSON = ("--json", {"action": "store_true", "help": "the same facts as one JSON object on standard output"})
 _SEARCH = ("search", {"help": "YAML file of what to try, for example conf/search/lr_beta.yaml"})
 
 COMMANDS = {
@@ -156,6 +172,25 @@ COMMANDS = {
         (_CONFIG, _OVERRIDES)),
     "eval": Command(_eval, "Evaluate the model of the config on its held-out data.", (_CONFIG, _OVERRIDES)),
     "config": Command(_config, "Print the resolved config and where each value came from.", (_CONFIG, _OVERRIDES)),
+    "show": Command(
+        _show, "What a run is doing or how it ended, from its folder or URL, on any machine; it is not disturbed.",
+        (
+            ("run", {"metavar": "RUN|URL", "help": "a run's folder, such as runs/demo, or its URL; or a search's or a study's folder"}),
+            ("key", {"nargs": "?", "default": "", "help": "print this fact alone, such as state, best or progress.left_s"}),
+            ("--follow", {"action": "store_true", "help": "look again every few seconds until the run has ended"}),
+            _JSON,
+        )),
+    "chat": Command(
+        _chat, "Talk to a run's model in the terminal, by plain transformers; lines from a pipe are answered one by one.",
+        (
+            ("run", {"metavar": "RUN", "help": "a run's folder, such as runs/demo, or its URL; or any model's folder"}),
+            ("--iteration", {"type": int, "metavar": "k", "help": "theta_k; 0: where it began (default: the best, else the last one)"}),
+            ("--compare", {"action": "store_true", "help": "theta_0's answers beside the other one's"}),
+            ("--max-new-tokens", {"type": int, "default": 512, "metavar": "n", "help": "longest answer, in tokens (default 512)"}),
+            ("--temperature", {"type": float, "default": 0.0, "metavar": "t", "help": "0 (default): greedy; 1: as the model is"}),
+            ("--system", {"default": "", "metavar": "text", "help": "system text"}),
+            ("--seed", {"type": int, "metavar": "n", "help": "draw the same answers each time"}),
+        )),
     "tune": Command(
         _tune, "Search over keys of the config, such as learning rate and beta: every trial is a run of its own; the same command goes on.",
         (_CONFIG, _SEARCH, _OVERRIDES)),

@@ -49,7 +49,8 @@ class Terminal:
     def keep(self, text: str) -> None:
         """Let what is said elsewhere stand in the file of what was said."""
         if self._kept:
-            with suppress(OSError), self._kept.open("a", encoding="utf-8", errors="backslashreplace") as file:  # a full disk is told elsewhere
+            # A full disk is told by what must be written.
+            with suppress(OSError), self._kept.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}  {text}\n")
 
     def _print(self, text: str) -> None:
@@ -76,10 +77,11 @@ class Terminal:
         if not self._columns:
             self._columns = [column for column in COLUMNS if column[0] in cells or column[0] in others]
             self.say("".join(f"{title:>{width}}" for _, width, title in self._columns))
-        self.say("".join(f"{_cell(cells.get(key)):>{width}}" for key, width, _ in self._columns))
+        self.say("".join(f"{cell(cells.get(key)):>{width}}" for key, width, _ in self._columns))
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A number, or that there is none, as the table has it."""
     if value is None:
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
