@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> int:
-    if args.command != "config":
+    if args.command not in ("config", "doctor"):  # doctor looks itself
         stand_in_for_home()
-        if os.environ.get("RAY_ADDRESS", "auto") not in ("auto", ""):
+        if args.command not in ("chat", "show") and os.environ.get("RAY_ADDRESS", "auto") not in ("auto", ""):
             check_ray_address(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
     code = COMMANDS[args.command].work(args)
     sys.stdout.flush()  # an error comes here, not at the interpreter's end
@@ -124,6 +124,12 @@ def _chat(args: argparse.Namespace) -> None:
     )
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from spin_ray.look.doctor import doctor
+
+    return doctor(args.words, as_json=args.json)
+
+
 def _show(args: argparse.Namespace) -> None:
     from spin_ray.look.show import show
 
@@ -178,6 +184,12 @@ COMMANDS = {
             ("run", {"metavar": "RUN|URL", "help": "a run's folder, such as runs/demo, or its URL; or a search's or a study's folder"}),
             ("key", {"nargs": "?", "default": "", "help": "print this fact alone, such as state, best or progress.left_s"}),
             ("--follow", {"action": "store_true", "help": "look again every few seconds until the run has ended"}),
+            _JSON,
+        )),
+    "doctor": Command(
+        _doctor, "Is this machine, or the cluster in RAY_ADDRESS, ready for a run; with a config, for this one. Exit code 1 if not.",
+        (
+            ("words", {"nargs": "*", "metavar": "CONFIG|key=value", "help": "YAML file of a run, and settings that replace the file's"}),
             _JSON,
         )),
     "chat": Command(
