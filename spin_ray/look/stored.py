@@ -38,9 +38,10 @@ class Stored:
         """None where there is no config.json yet. Raises BadInput for one that is no JSON."""
         text = self.read("config.json")
         try:
-            return json.loads(text) if text else None
+            found = json.loads(text) if text else None
         except ValueError as error:
             raise BadInput(f"{self.named('config.json')}: damaged ({error}); is this the folder of a run?") from error
+        return found if isinstance(found, dict | None) else {}
 
     @cached_property
     def config(self) -> Config:
