@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 PLAIN_EVERY_S = 20
 COLUMNS = (
     ("model", 10, "model"), ("exact_match_t1_share", 12, "match T=1"), ("exact_match_greedy_share", 14, "match greedy"),
-    ("real_nll_nats_per_token", 10, "NLL/token"), ("advantage_accuracy", 14, "y told from y'"),
+    ("real_nll_nats_per_token", 10, "NLL/token"), ("advantage_accuracy", 16, "y told from y'"),
     ("same_as_real_share", 8, "y' == y"), ("truncated_share", 10, "truncated"),
     ("generated_tokens", 11, "tokens y'"), ("loss", 8, "loss"), ("NLL term", 10, "NLL term"), ("NLL", 8, "NLL"), ("margin", 8, "margin"),
     ("train_s", 9, "train s"), ("waited_s", 10, "waited s"),
@@ -76,8 +76,8 @@ class Terminal:
         """One line of the run's table: a model and, where it was trained here, its iteration. `others`: columns of later rows."""
         if not self._columns:
             self._columns = [column for column in COLUMNS if column[0] in cells or column[0] in others]
-            self.say("".join(f"{title:>{width}}" for _, width, title in self._columns))
-        self.say("".join(f"{cell(cells.get(key)):>{width}}" for key, width, _ in self._columns))
+            self._print("".join(f"{title:>{width}}" for _, width, title in self._columns))
+        self._print("".join(f"{cell(cells.get(key)):>{width}}" for key, width, _ in self._columns))
 
 
 def cell(value: Any) -> str:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from spin_ray.errors import BadInput
 from spin_ray.look.printable import printable
-from spin_ray.look.state import NEVER, RUNNING, Facts, facts_of
+from spin_ray.look.state import NEVER, RUNNING, Facts, facts_of, version_named
 from spin_ray.look.stored import open_stored
 from spin_ray.look.trials import Trials, trials_of
 from spin_ray.terminal import COLUMNS, cell
@@ -68,7 +68,8 @@ def _lines(facts: Facts) -> list[str]:
     if progress.begun is not None:
         begun = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(progress.begun))
         lines.append(f"  begun      {begun}, at work for {duration(progress.worked_s)}")
-    lines.append(f"  method     {facts.method}, {progress.iterations} of {progress.num_iterations} iterations finished")
+    if facts.newest:
+        lines.append(f"  method     {facts.method}, {progress.iterations} of {progress.num_iterations} iterations finished")
     if progress.num_steps is not None:
         lines.append(f"  iteration  {progress.iterations}: step {progress.step} of {progress.num_steps}")
     if progress.num_pairs is not None:
@@ -78,9 +79,9 @@ def _lines(facts: Facts) -> list[str]:
     if shown := [f"{name} {value:.4g}" for name in _SHOWN if isinstance(value := facts.training.get(name), (int, float))]:
         lines.append(f"  last step  {', '.join(shown)}")
     if facts.newest:
-        lines.append(f"  newest     {facts.newest}")
+        lines.append(f"  newest     theta_{progress.iterations}: {facts.newest}")
     if facts.best:
-        lines.append(f"  best       {facts.best}")
+        lines.append(f"  best       theta_{version_named(facts.best)}: {facts.best}")
     lines += [f"  warning    {warning}" for warning in facts.warnings]
     if any(facts.versions.values()):
         lines += ["", *_table(facts)]

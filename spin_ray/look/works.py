@@ -31,9 +31,13 @@ def ray_starts(subject: Subject) -> Iterator[Found]:
     begun = time.monotonic()
     with ray_cluster(_toy(subject)):
         started = time.monotonic() - begun
-        node = ray.get(ray.remote(num_cpus=0.1)(socket.gethostname).remote(), timeout=60)
+        node = ray.get(ray.remote(num_cpus=0.1)(_host).remote(), timeout=60)
         how = f"joined {os.environ['RAY_ADDRESS']}" if subject.joins else "starts on this machine"
         yield Found(OK, f"{how} in {started:.0f} s; a task on {node} answered after {time.monotonic() - begun - started:.1f} s")
+
+
+def _host() -> str:
+    return socket.gethostname()
 
 
 def vllm_answers(subject: Subject) -> Iterator[Found]:
