@@ -21,6 +21,7 @@ from spin_ray.config import Config
 from spin_ray.errors import BadInput, in_one_line
 
 OK, WARNING, ERROR = "ok", "warning", "error"
+APART = (sys.executable, "-m", "spin_ray.look.apart")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _beside(check: Check, subject: Subject) -> list[Found]:
 def _apart(check: Check, subject: Subject) -> list[Found]:
     """In a process of its own, which is ended with all that it started when its time is over."""
     answer, log = subject.folder / f"{check.name}.json", subject.folder / f"{check.name}.log"
-    words = [sys.executable, "-m", "spin_ray.look.apart", check.name, str(answer), str(subject.folder), *subject.words]
+    words = [*APART, check.name, str(answer), str(subject.folder), *subject.words]
     with log.open("wb") as output:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:

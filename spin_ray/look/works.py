@@ -51,7 +51,7 @@ def _sampled(hardware: Any, folder: str) -> str:
     from spin_ray.records import SamplingSettings, Saved, Version
     from spin_ray.sampler.actor import Sampler, SamplerArgs
 
-    begun, chat = time.monotonic(), inspect_model(_demo()).chat
+    chat = inspect_model(_demo()).chat
     engine = {**hardware.engine, "max_num_seqs": 8, "enforce_eager": True}
     if "gpu_memory_utilization" in engine:
         engine["gpu_memory_utilization"] = _ENGINE_SHARE
@@ -67,7 +67,7 @@ def _sampled(hardware: Any, folder: str) -> str:
         return answer
 
     answer = asyncio.run(answered())
-    return f"answers {chat.decode(answer.token_ids)!r} on a {_device(hardware.sampler_gpus)} after {time.monotonic() - begun:.0f} s"
+    return f"answers {chat.decode(answer.token_ids)!r} on a {_device(hardware.sampler_gpus)}"
 
 
 def deepspeed_steps(subject: Subject) -> Iterator[Found]:
@@ -86,7 +86,7 @@ def _stepped(hardware: Any, learner: LearnerConfig) -> str:
     from spin_ray.model import inspect_model
     from spin_ray.records import Pair, Saved
 
-    begun, chat = time.monotonic(), inspect_model(_demo()).chat
+    chat = inspect_model(_demo()).chat
     prompt, real = chat.encode(_QUESTION, _ANSWER)
     generated = chat.encode(_QUESTION, _OTHER)[1]
     ids = [np.array(each, np.int32) for each in (prompt, real, generated)]
@@ -104,7 +104,7 @@ def _stepped(hardware: Any, learner: LearnerConfig) -> str:
     if not losses[1] < losses[0]:
         raise RuntimeError(f"a step did not lower the loss: {losses[0]:.4f}, then {losses[1]:.4f}")
     how = f"on a {_device(hardware.learner_gpus)}, {learner.optimizer}, ZeRO stage {learner.zero_stage}"
-    return f"steps {how}: loss {losses[0]:.4f}, then {losses[1]:.4f}, after {time.monotonic() - begun:.0f} s"
+    return f"steps {how}: loss {losses[0]:.4f}, then {losses[1]:.4f}"
 
 
 @contextmanager
