@@ -87,11 +87,7 @@ def open_stored(where: str) -> Stored:
         raise BadInput(f"{where}: give the URL of a run, such as s3://bucket/runs/demo")
     config = replace(Config(), run=RunConfig(name=name, dir=f"{parent}{'?' if query else ''}{query}", scratch=SCRATCH))
     config.run.check()
-    storage = open_storage(config)
-    stored = Stored(RunDir(config.run_path, storage))
-    if not stored.has(config.run_path):
-        raise BadInput(f"{stored}: nothing is there; give the URL of a run, such as s3://bucket/runs/demo")
-    return stored
+    return Stored(RunDir(config.run_path, open_storage(config)))
 
 
 def file_names(stored: Stored, folder: Path) -> list[str]:
