@@ -125,6 +125,13 @@ class Tracker:
         with self._lock:
             self._send({name: wandb.Image(str(path))})
 
+    def file(self, path: Path) -> None:
+        """A file as it is, to W&B only; a later one of its name takes its place."""
+        with self._lock:
+            if not self._lost and path.exists():
+                with self._noting_its_end():
+                    self._wandb.save(str(path), base_path=str(path.parent), policy="now")
+
     def __enter__(self) -> Tracker:
         return self
 

@@ -35,10 +35,10 @@ LAYERS = [
     ("records.py", "lengths.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
      "chatter.py", "placement.py", "nodes.py", "terminal.py", "tracking.py",
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
-     "places.py", "address.py", "turns.py", "room.py", "scaling.py"),
+     "places.py", "address.py", "turns.py", "room.py", "scaling.py", "provenance.py"),
     ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("transport/",), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
     ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",),
-    ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
+    ("card.py", "look/__init__.py", "look/report/"), ("pages.py",), ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
     ("selfplay.py",), ("demo/tasks.py",), ("study/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),
 ]
 
