@@ -11,10 +11,15 @@ from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.errors import in_one_line
 from spin_ray.exits import log_traceback
+from spin_ray.look.report.samples import samples_of
+from spin_ray.look.report.story import Story
 from spin_ray.look.report.table import held_out_table
 from spin_ray.look.report.write import NAME, write_own
 from spin_ray.theta import Thetas
 from spin_ray.tokenizer import as_text
+
+ANSWERS = 64
+"""Prompts of the table of answers."""
 
 
 class Pages:
@@ -33,6 +38,18 @@ class Pages:
         if version:
             self._try("the model card", lambda: write_cards(self._config, self._run, self._thetas, version))
         self.write()
+
+    def answers(self) -> tuple[list[str], list[list[str]]]:
+        """What all versions so far have answered to the same prompts: columns and rows of a table."""
+        found = samples_of(Story(self._run), as_text(self._chat.tokenizer), ANSWERS)
+        text = lambda pieces: "".join(piece[0] for piece in pieces)  # noqa: E731
+        rows = [[row["prompt"], text(row["real"]), *map(text, row["answers"])] for row in found.rows]
+        return ["prompt", "real", *found.versions], rows
+
+    def model(self, version: int) -> tuple[str, Path | None]:
+        """Where theta_version lies: for people, and on this disk, if it does."""
+        folder = self._thetas.folders(version - 1)[0] if version else None
+        return self._thetas.name(version), folder if folder and folder.is_dir() else None
 
     def write(self) -> None:
         """The report and the table, of all that there is."""

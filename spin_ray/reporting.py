@@ -121,6 +121,8 @@ class Reporting:
         self.terminal.row({"model": name, **metrics, **trained}, self._trained_columns)
         if self._pages:
             self._pages.stands(version)
+            self.tracker.table("answers", *self._pages.answers())
+            self.tracker.model(version, *self._pages.model(version), metrics)
 
     def play_begins(self, t: int) -> None:
         """Iteration t is released, or its first block turns out to be on disk already; only the first call counts."""
