@@ -10,13 +10,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spin_ray.address import check_ray_address
-from spin_ray.config import Config, flatten, load_config
+from spin_ray.config import Config, flatten, load_config, repeat_config
+from spin_ray.errors import BadInput
 from spin_ray.exits import ends_in_one_line
 from spin_ray.imports import without_gc
-from spin_ray.places import check_run_folder, stand_in_for_home
+from spin_ray.places import check_run_folder, nothing_left_if_refused, stand_in_for_home
+
+if TYPE_CHECKING:
+    from spin_ray.provenance import Origin
 
 
 class Command(NamedTuple):
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         del os.environ["RAY_ADDRESS"]
     if not os.environ.get("RAY_ADDRESS"):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
-    return ends_in_one_line("spin-ray", lambda: _work(args))
+    return ends_in_one_line("spin-ray", lambda: _work(args), only_prints=args.command in ONLY_PRINT)
 
 
 def _work(args: argparse.Namespace) -> int:
@@ -72,21 +76,45 @@ def _check_surroundings(config: Config) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    config, _ = load_config(args.config, [*args.overrides, *(("method=sft",) if args.command == "sft" else ())])
-    _check_surroundings(config)
-    with without_gc():
-        from spin_ray.selfplay import run_method
+    config, origin = _config_to_run(args)
+    with nothing_left_if_refused(config.run_path):
+        _check_surroundings(config)
+        with without_gc():
+            from spin_ray.selfplay import run_method
 
-    run_method(config)
+        run_method(config, origin)
+
+
+def _config_to_run(args: argparse.Namespace) -> tuple[Config, Origin | None]:
+    """The config of a file, or that of an earlier run's manifest, with what it was made from."""
+    if args.command == "sft":
+        return load_config(_given(args.config), [*args.overrides, "method=sft"])[0], None
+    if not args.from_manifest:
+        return load_config(_given(args.config), args.overrides)[0], None
+    with without_gc():
+        from spin_ray.provenance import Origin
+
+    origin = Origin.read(Path(args.from_manifest))
+    config = repeat_config(origin.path, origin.config, [*([args.config] if args.config else []), *args.overrides])
+    if (config.run_path / "manifest.jsonl").resolve() == origin.path.resolve():
+        raise BadInput(f"--from-manifest {origin.path}: that is the run itself; give the one that repeats it a name: run.name=...")
+    return config, origin
+
+
+def _given(config: str | None) -> str:
+    if config is None:
+        raise BadInput("which config? give a YAML file, for example conf/demo.yaml, or --from-manifest FILE")
+    return config
 
 
 def _eval(args: argparse.Namespace) -> None:
     config, _ = load_config(args.config, args.overrides)
-    check_run_folder(config)
-    with without_gc():
-        from spin_ray.evaluation import run_eval
+    with nothing_left_if_refused(config.run_path):
+        check_run_folder(config)
+        with without_gc():
+            from spin_ray.evaluation import run_eval
 
-    run_eval(config)
+        run_eval(config)
 
 
 def _config(args: argparse.Namespace) -> None:
@@ -107,6 +135,13 @@ def _probe(args: argparse.Namespace) -> None:
     from spin_ray.study.probe import probe
 
     probe(args.config, args.overrides)
+
+
+def _report(args: argparse.Namespace) -> None:
+    with without_gc():
+        from spin_ray.look.report.write import report
+
+    print(report(args.runs, args.out))
 
 
 def _study(args: argparse.Namespace) -> None:
@@ -166,13 +201,18 @@ def _bench_lines() -> list[str]:
 
 
 _CONFIG = ("config", {"help": "YAML file, for example conf/demo.yaml"})
+_ITS_CONFIG = ("config", {"nargs": "?", "help": "YAML file, for example conf/demo.yaml"})
+_FROM_MANIFEST = ("--from-manifest", {
+    "metavar": "FILE", "help": "repeat the run that wrote this manifest.jsonl, in place of a config: the same settings, model and data",
+})
 _OVERRIDES = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that replace the file's, such as spin.beta=0.1"})
 _JSON = ("--json", {"action": "store_true", "help": "the same facts as one JSON object on standard output"})
 _SEARCH = ("search", {"help": "YAML file of what to try, for example conf/search/lr_beta.yaml"})
 
 COMMANDS = {
     "run": Command(
-        _run, "Train by the config's method, SPIN if it names none: all iterations, or what is left of them.", (_CONFIG, _OVERRIDES)),
+        _run, "Train by the config's method, SPIN if it names none: all iterations, or what is left of them.",
+        (_ITS_CONFIG, _OVERRIDES, _FROM_MANIFEST)),
     "sft": Command(
         _run, "Supervised fine-tuning of a base model on the same data, what SPIN starts from: run with method=sft.",
         (_CONFIG, _OVERRIDES)),
@@ -208,6 +248,12 @@ COMMANDS = {
         (_CONFIG, _SEARCH, _OVERRIDES)),
     "probe": Command(
         _probe, "What a run would meet, before it is paid for: short tries over learning rate and beta, in words.", (_CONFIG, _OVERRIDES)),
+    "report": Command(
+        _report, "One page about a run, or about several side by side, a search's folder among them: a file that needs nothing else.",
+        (
+            ("runs", {"nargs": "+", "metavar": "RUN", "help": "folder or URL of a run, or of a search"}),
+            ("--out", {"default": "", "metavar": "FILE", "help": "where to write it (default: report.html in the run's folder)"}),
+        )),
     "study": Command(
         _study, "What the paper claims, tried: arms side by side, several seeds, rates searched for each; the same command goes on. Hours.",
         (
@@ -223,6 +269,9 @@ COMMANDS = {
             ("options", {"nargs": argparse.REMAINDER, "help": "the bench's own; see spin-ray bench NAME --help"}),
         )),
 }
+
+ONLY_PRINT = ("config",)
+"""Commands that are done when nobody reads on."""
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from spin_ray.background import Threads
@@ -32,7 +33,7 @@ from spin_ray.errors import BadInput, Enough
 from spin_ray.exchange.audit import compare
 from spin_ray.exchange.pairs import read_pairs, write_table
 from spin_ray.guard import check_nll
-from spin_ray.heldout import advantage, are_right, as_pairs, divergence, quality
+from spin_ray.heldout import OF_BEFORE, advantage, are_right, as_pairs, change, divergence, quality
 from spin_ray.learner.loop import plain_real_logps
 from spin_ray.lengths import Lengths
 from spin_ray.manifest import RunDir
@@ -41,7 +42,7 @@ from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
-from spin_ray.records import PAIR_SCHEMA, Pair, Prompt, PublishedWeights, SamplingSettings, Saved, Version, from_table, to_table
+from spin_ray.records import NO_LOGPS, PAIR_SCHEMA, Pair, Prompt, PublishedWeights, SamplingSettings, Saved, Version, from_table, to_table
 from spin_ray.reporting import Reporting
 from spin_ray.sampler.pool import EVALUATE, sampling_settings, start_opponent
 from spin_ray.stop import Standing, judge
@@ -150,8 +151,11 @@ class Evaluations:
             if before and not before.done():
                 self._catch_up(version, before)
             metrics, pairs = evaluate(self._pool, Version(version), self._heldout, self._facts.chat, self._settings)
-            metrics |= self._beside_earlier(version, pairs)
-            write_table(self._run.heldout_answers(version), to_table(pairs, PAIR_SCHEMA), self._run.storage)
+            beside, of_before = self._beside_earlier(version, pairs) if version else ({}, [])
+            metrics |= beside
+            of_before = [*of_before, *[NO_LOGPS] * (len(pairs) - len(of_before))]
+            table = to_table(pairs, PAIR_SCHEMA).append_column(OF_BEFORE, pa.array(of_before, pa.list_(pa.float32())))
+            write_table(self._run.heldout_answers(version), table, self._run.storage)
             self._reporting.tracker.log("eval", metrics, opponent_version=version)
             self._run.mark("evaluation", version=version, metrics=metrics)
         self._reporting.row(version, metrics, trained)
@@ -161,22 +165,28 @@ class Evaluations:
         if metrics:
             self._judge(version)
 
-    def _beside_earlier(self, version: int, pairs: Sequence[Pair]) -> dict[str, float]:
-        """The advantage over theta_{version-1}, and how far the version is from that and from theta_0."""
-        if not version:
-            return {}
-        before, first = (self._answers(earlier)[:ADVANTAGE_PROMPTS] for earlier in (version - 1, 0))
+    def _beside_earlier(self, version: int, pairs: Sequence[Pair]) -> tuple[dict[str, float], list[np.ndarray]]:
+        """The advantage over theta_{version-1}, how far the version is from that and from theta_0, and what it has gained since; and its
+        log-probs of the first answers of theta_{version-1}.
+        """
+        all_before, all_first = (self._answers(earlier) for earlier in (version - 1, 0))
+        before, first = all_before[:ADVANTAGE_PROMPTS], all_first[:ADVANTAGE_PROMPTS]
         asked = [before] if version == 1 else [before, first]
         scored = ray.get([
             self._pool.score.remote(Version(version), [p.prompt_ids for p in those], [p.generated_ids for p in those], EVALUATE)
             for those in asked
         ])
         real = [pair.opponent_real_logps for pair in pairs[:ADVANTAGE_PROMPTS]]
-        return {
+        metrics = {
             **advantage(before, real, scored[0], self._method.objective(version - 1)),
             "kl_from_opponent_nats_per_token": divergence(before, scored[0]),
             "kl_from_start_nats_per_token": divergence(first, scored[-1]),
+            **change(pairs, all_first, self._right(pairs), self._right(all_first)),
         }
+        return metrics, scored[0]
+
+    def _right(self, pairs: Sequence[Pair]) -> np.ndarray | None:
+        return are_right(self._heldout, [pair.generated_ids for pair in pairs], self._facts.chat.decode)
 
     def _answers(self, version: int) -> list[Pair]:
         return from_table(read_pairs(self._run.heldout_answers(version), self._run.storage), Pair)
@@ -196,9 +206,8 @@ class Evaluations:
         pairs, metrics = self._answers(version), self._run.evaluations()[version]
         nll = -np.array([pair.opponent_real_logps.sum(dtype=np.float64) for pair in pairs])
         tokens = np.mean([len(pair.real_ids) for pair in pairs])
-        right = are_right(self._heldout, [pair.generated_ids for pair in pairs], self._facts.chat.decode)
         accuracy = (metrics["advantage_accuracy"], metrics["advantage_accuracy_se"]) if version else None
-        return Standing(version, nll / tokens, right, accuracy)
+        return Standing(version, nll / tokens, self._right(pairs), accuracy)
 
     def _catch_up(self, version: int, before: Future) -> None:
         """First the evaluation of the version before, which was put off: its weights come back for as long as it takes."""

@@ -30,9 +30,10 @@ _INTERRUPTED = "interrupted; the same command goes on"
 _LOG_NOTE = "spin_ray wrote the traceback to "
 
 
-def ends_in_one_line(program: str, work: Callable[[], int]) -> int:
+def ends_in_one_line(program: str, work: Callable[[], int], *, only_prints: bool = False) -> int:
     """Do the work and return its exit code, or that of what it raises, which goes to standard error as one line.
 
+    A command that `only_prints` is done when nobody reads on: `spin-ray config FILE | head`.
     If Ray is up then, this process ends at once, and every process that it started with it.
     """
     _open_missing_streams()
@@ -42,6 +43,8 @@ def ends_in_one_line(program: str, work: Callable[[], int]) -> int:
         raise
     except BaseException as error:  # a panic in one of the tokenizers is no Exception
         code, message = _verdict(error)
+        if only_prints and isinstance(error, BrokenPipeError):
+            return 0
     if code:
         with suppress(OSError, ValueError):  # nobody reads it, or it is closed
             print(f"{program}: {message}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ A version's answers are kept as pairs (records.py) whose opponent, and scorer, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,9 @@ import torch
 
 from spin_ray.losses import LikelihoodObjective, PairLogps, PairObjective
 from spin_ray.records import Completion, Pair, Prompt, opponent_reference, real_only
+
+OF_BEFORE = "before_generated_logps"
+"""Column of a version's answers: its log-probs of what the version before answered to the same prompt; [] where it was not asked."""
 
 
 def as_pairs(version: int, prompts: Sequence[Prompt], drawn: Sequence[Completion], real_logps: Sequence[np.ndarray]) -> list[Pair]:
@@ -31,16 +34,44 @@ def as_pairs(version: int, prompts: Sequence[Prompt], drawn: Sequence[Completion
 
 def quality(pairs: Sequence[Pair], right: np.ndarray | None, greedy_right: np.ndarray | None) -> dict[str, float]:
     """Metrics of one version by itself; `right`: whether its checkable answers are, at temperature 1 and greedy, None without any."""
+    nll, nll_error = _nll([-pair.opponent_real_logps.sum(dtype=np.float64) for pair in pairs], pairs)
     metrics = {
-        "real_nll_nats_per_token": -float(np.concatenate([pair.opponent_real_logps for pair in pairs]).mean()),
+        "real_nll_nats_per_token": nll, "real_nll_nats_per_token_se": nll_error,
         "generated_tokens": float(np.mean([len(pair.generated_ids) for pair in pairs])),
         "real_tokens": float(np.mean([len(pair.real_ids) for pair in pairs])),
         "truncated_share": float(np.mean([pair.finish_reason == "length" for pair in pairs])),
         "same_as_real_share": float(np.mean([np.array_equal(pair.generated_ids, pair.real_ids) for pair in pairs])),
     }
     if right is not None:
-        metrics |= {"exact_match_t1_share": float(right.mean()), "exact_match_greedy_share": float(greedy_right.mean())}
+        metrics |= _share("exact_match_t1_share", right) | _share("exact_match_greedy_share", greedy_right)
     return metrics
+
+
+def change(pairs: Sequence[Pair], first: Sequence[Pair], right: np.ndarray | None, first_right: np.ndarray | None) -> dict[str, float]:
+    """What a version has gained since theta_0, prompt by prompt: a prompt that is hard for both adds nothing to the standard error.
+
+    `pairs` and `first`: what both answered to the same prompts; `right`, `first_right`: whether their checkable answers are.
+    """
+    lost = [
+        (then.opponent_real_logps.sum(dtype=np.float64) - now.opponent_real_logps.sum(dtype=np.float64))
+        for now, then in zip(pairs, first, strict=True)
+    ]
+    nll, nll_error = _nll(lost, pairs)
+    metrics = {"real_nll_change_nats_per_token": nll, "real_nll_change_nats_per_token_se": nll_error}
+    if right is not None:
+        metrics |= _share("exact_match_t1_change_share", right.astype(float) - first_right)
+    return metrics
+
+
+def _share(name: str, values: np.ndarray) -> dict[str, float]:
+    return {name: float(values.mean()), f"{name}_se": standard_error(values)}
+
+
+def _nll(sums: Sequence[float], pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Nats per real token, over all tokens, and the standard error of that ratio; `sums`: nats of each answer."""
+    nats, tokens = np.array(sums), np.array([len(pair.real_ids) for pair in pairs])
+    ratio = nats.sum() / tokens.sum()
+    return float(ratio), standard_error(nats - ratio * tokens) / float(tokens.mean())
 
 
 def are_right(prompts: Sequence[Prompt], answers: Sequence[np.ndarray], decode: Callable[[np.ndarray], str]) -> np.ndarray | None:
@@ -76,6 +107,20 @@ def advantage(
     if "pair_loss" in losses:
         metrics["advantage_loss_change"] = float((losses["pair_loss"] - losses["expected_pair_loss"]).mean())
     return metrics
+
+
+COLLAPSED_SHARE, COLLAPSED_NATS = 0.5, 1.0
+"""A run has collapsed whose last version has less than this share of the first one's right answers, or so many more nats per token."""
+
+
+def has_collapsed(evaluations: Mapping[int, Mapping[str, float]]) -> bool:
+    """Whether the last version of a run is far worse than its first; version -> metrics."""
+    if not evaluations:
+        return False
+    first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
+    rise = last["real_nll_nats_per_token"] - first["real_nll_nats_per_token"]
+    lost = last.get("exact_match_t1_share", 1.0) < COLLAPSED_SHARE * first.get("exact_match_t1_share", 0.0)
+    return rise > COLLAPSED_NATS or lost
 
 
 def divergence(before: Sequence[Pair], generated_logps: Sequence[np.ndarray]) -> float:

@@ -25,9 +25,11 @@ from spin_ray.storage import DISK, Disk, open_storage, readable_disk_errors
 _MARKING = threading.Lock()
 """Threads of one process mark stages side by side; `RunDir.locked` keeps other processes out."""
 _APPENDED = ("metrics.jsonl", "timeline.jsonl")
-_DRAWN = ("timeline.png", "wandb_id", "wandb", "logs")
+_DRAWN = ("timeline.png", "report.html", "table.txt", "wandb_id", "wandb", "logs")
 """What the driver's own disk collects; an object store gets it every UPLOAD_S and at the end."""
 UPLOAD_S = 60.0
+CARD = "README.md"
+"""In a model's folder: what people read of it, written anew when more is known."""
 
 
 def append_line(path: Path, line: str) -> None:
@@ -75,7 +77,10 @@ class RunDir:
         self.logs.mkdir(parents=True, exist_ok=True)
         if changed:
             self.storage.remove(self.path / "manifest.jsonl")
-        if changed or not saved.exists():
+        more = bool(before) and not changed and config.method == "spin" and config.spin.num_iterations > before["spin"]["num_iterations"]
+        if more and self.storage.fetch(self.path / "manifest.jsonl").exists():
+            self.mark("extended", num_iterations=config.spin.num_iterations)
+        if changed or more or not saved.exists():
             with self.storage.written(saved) as temporary:
                 temporary.write_text(to_json(config))
 
@@ -124,6 +129,11 @@ class RunDir:
     def heldout_answers(self, version: int) -> Path:
         """What theta_version answered to the held-out prompts."""
         return self.path / "heldout" / f"theta_{version:03d}.parquet"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that was asked for is done; a run that was finished may have been asked for more since."""
+        return (self.marks("finished", "extended") or [{"stage": ""}])[-1]["stage"] == "finished"
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Held-out metrics of every version that has been evaluated."""
@@ -187,7 +197,8 @@ class RunDir:
 
     def _checksums(self, iteration: int, folders: Sequence[Path]) -> dict[str, str]:
         here = self.iteration(iteration)
-        return {str(folder.relative_to(here) / name): value for folder in folders for name, value in self.storage.checksums(folder).items()}
+        found = ((folder / name, value) for folder in folders for name, value in self.storage.checksums(folder).items())
+        return {str(path.relative_to(here)): value for path, value in found if path.name != CARD}
 
     def check_weights(self, iteration: int, folders: Sequence[Path]) -> None:
         """Raise BadInput, naming the file, if one that was written with an iteration is not what it was."""
@@ -229,9 +240,9 @@ class RunDir:
             remedy = "put the file back, or start a new run"
             raise BadInput(f"{self.storage.name(path)}: damaged since this run wrote it ({error}); {remedy}") from error
 
-    def marks(self, stage: str) -> list[dict[str, Any]]:
-        """Lines of this stage, oldest first; a line cut by a crash is not believed."""
+    def marks(self, *stages: str) -> list[dict[str, Any]]:
+        """Lines of these stages, oldest first; a line cut by a crash is not believed."""
         manifest = self.path / "manifest.jsonl"
         lines = manifest.read_bytes().splitlines(keepends=True) if manifest.exists() else []
         entries = [self._parse(manifest, line) for line in lines if line.endswith(b"\n")]
-        return [entry for entry in entries if entry["stage"] == stage]
+        return [entry for entry in entries if entry["stage"] in stages]

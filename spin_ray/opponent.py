@@ -16,11 +16,13 @@ A method that plays nothing has one too, as long as something is evaluated; `Bys
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -31,7 +33,7 @@ from spin_ray.config import Config
 from spin_ray.errors import RunStopped, WeightsLate, WeightsLost
 from spin_ray.evaluation import Evaluations
 from spin_ray.exchange.audit import Audit, compare
-from spin_ray.exchange.pairs import PlayPlan, Stored, StoredRows, play, read_pairs
+from spin_ray.exchange.pairs import Played, PlayPlan, Stored, StoredRows, play, read_pairs
 from spin_ray.guard import FirstAnswers
 from spin_ray.learner.group import Learner
 from spin_ray.learner.messages import Publish, Score
@@ -67,6 +69,8 @@ class Opponent:
         self._audited = first[: config.audit.num_prompts]
         self._first_answers = FirstAnswers(config, facts.chat)
         self._evaluations = Evaluations(config, method, thetas, facts, heldout, pool, overlap, threads, reporting)
+        self._written: dict[int, list[Played]] = defaultdict(list)
+        """Iteration -> its new blocks that are finished, in their order."""
         self._snapshots_used: set[int] = set()
         """Iterations whose training has a snapshot that played ahead."""
         self._num_voided = 0
@@ -107,6 +111,8 @@ class Opponent:
         storage = self._run.storage
         for block, played in play(plan, blocks, self._hardware.blocks_in_flight):
             t, path = block.iteration, self._run.pairs(block.iteration, block.kind, block.index)
+            if not block.age:
+                self._written[t].append(played)
             self._reporting.play_begins(t)
             self._learner.put_block(t, block.place, Stored(path, storage))
             self._overlap.block_played(block)
@@ -182,6 +188,14 @@ class Opponent:
         metrics = {"mean_abs_logp_difference_nats": audit.mean_nats, "max_abs_logp_difference_nats": audit.max_nats}
         self._reporting.tracker.log("audit", metrics, opponent_version=version)
         return audit
+
+    def made(self, t: int) -> dict[str, Any]:
+        """What the manifest is to remember of the pairs that theta_t wrote, all of them."""
+        if not self._method.plays:
+            return {}
+        sha256 = hashlib.sha256(b"".join(played.sha256 for played in self._written[t])).hexdigest()
+        pairs = {"new": sum(played.num_pairs for played in self._written[t]), "sha256": sha256}
+        return {"pairs": pairs, "sampling": asdict(self._settings[t])}
 
     def saved(self, at: Saved) -> dict[str, Any]:
         """What the samplers hold is on disk: the object store is free of it, and it may be loaded from there again. Returns what the
@@ -289,6 +303,9 @@ class Bystander:
 
     def become(self, version: int, answers: Iterator[Any], on_disk: Callable[[], Saved]) -> None:
         """Nothing is loaded, and there is nothing to compare with."""
+
+    def made(self, t: int) -> dict[str, Any]:
+        return {}
 
     def saved(self, at: Saved) -> dict[str, Any]:
         return {}

@@ -134,6 +134,25 @@ def can_write(folder: Path) -> bool:
         return False
 
 
+@contextmanager
+def nothing_left_if_refused(folder: Path) -> Iterator[None]:
+    """After BadInput in the body, remove a folder that was not there before and holds nothing but what every command begins with."""
+    before = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BadInput:
+        if before and not any((folder / name).exists() for name in _WORK):
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in before[1:]:
+                with suppress(OSError):  # others have put something there
+                    parent.rmdir()
+        raise
+
+
+_WORK = ("manifest.jsonl", "trials", "prompts")
+"""Of a run, or a search: one of these is there once something has been made that can be gone on with."""
+
+
 def check_run_folder(config: Config) -> None:
     """Raise BadInput if the run's folder, which is made here, cannot be written."""
     if not can_write(config.run_path):

@@ -46,10 +46,10 @@ def written(
 ) -> Prepared:
     """Put prompts, as they come, where the run reads them. `counts`: what the manifest is to remember of the rows."""
     lengths = Lengths()
-    sizes = write_prompts(run, lengths.of_all(train), block_prompts)
+    sizes, sha256 = write_prompts(run, lengths.of_all(train), block_prompts)
     write_table(run.heldout(), to_table(heldout, PROMPT_SCHEMA))
     run.storage.publish(run.prepared())
-    run.mark("prepared", block_sizes=sizes, lengths=asdict(lengths), **counts)
+    run.mark("prepared", block_sizes=sizes, lengths=asdict(lengths), sha256=sha256, **counts)
     return taken_up(run, num_first)
 
 

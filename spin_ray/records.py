@@ -5,6 +5,7 @@ Version t is the model theta_t of the paper: version 0 is the SFT model, version
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from spin_ray.storage import Disk
 
@@ -213,6 +215,18 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
         return pa.array(values, type=kind)
     ends = np.cumsum([0, *map(len, values)], dtype=np.int32)  # one copy of the numbers, instead of one Python object each
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(values), type=kind.value_type))
+
+
+def digest(table: pa.Table, names: Sequence[str]) -> bytes:
+    """SHA-256 of what columns hold, ids and lists of ids: the same wherever, and with whatever version of a library, they were written."""
+    found = hashlib.sha256()
+    for name in names:
+        column = table.column(name).combine_chunks()
+        if pa.types.is_list(column.type):
+            found.update(np.asarray(pc.list_value_length(column), np.int32).tobytes())
+            column = column.flatten()
+        found.update(np.asarray(column).astype("<i8" if name == "prompt_id" else "<i4").tobytes())
+    return found.digest()
 
 
 def from_table(table: pa.Table, record: type) -> list[Any]:

@@ -24,6 +24,7 @@ from spin_ray.learner.messages import Grouped, Proved, StepRecord, TrainReport
 from spin_ray.manifest import RunDir
 from spin_ray.methods import Method
 from spin_ray.overlap import BlockSpec, Overlap
+from spin_ray.pages import Pages
 from spin_ray.preflight import Proof
 from spin_ray.records import Span
 from spin_ray.terminal import Terminal
@@ -50,8 +51,10 @@ class Reporting:
 
     def __init__(
         self, config: Config, method: Method, run: RunDir, chat: ChatFormat, overlap: Overlap, proof: Proof, tracker: Tracker,
-        terminal: Terminal,
+        terminal: Terminal, pages: Pages | None = None,
     ):
+        """`pages`: what is written for people into the run's folder; None: nothing is."""
+        self._pages = pages
         self._config, self._method, self._run, self._chat, self._overlap = config, method, run, chat, overlap
         self.tracker, self.terminal = tracker, terminal
         self._proof = proof
@@ -116,6 +119,10 @@ class Reporting:
         """A version's line of the run's table; `trained`: what `trained` returned of the iteration that made it."""
         name = f"theta_{version}" if version or not self._from_sft else "SFT"
         self.terminal.row({"model": name, **metrics, **trained}, self._trained_columns)
+        if self._pages:
+            self._pages.stands(version)
+            self.tracker.table("answers", *self._pages.answers())
+            self.tracker.model(version, *self._pages.model(version), metrics)
 
     def play_begins(self, t: int) -> None:
         """Iteration t is released, or its first block turns out to be on disk already; only the first call counts."""
@@ -149,10 +156,13 @@ class Reporting:
             self.terminal.say(f"{what}; its process starts anew and fetches them from the object store; see logs/sender.log")
         return len(failed)
 
-    def draw_timeline(self) -> None:
-        """timeline.png: what both players did when, of all sessions of this run."""
+    def ends(self) -> None:
+        """The run, or this session of it: draw timeline.png, of all sessions, and write the report for the last time."""
         if picture := self._timeline.draw():
             self.tracker.image("timeline", picture)
+        if self._pages:
+            self._pages.write()
+            self.tracker.file(self._pages.report)
 
     def _examples(self, t: int, table: pa.Table) -> None:
         texts = ("prompt_ids", "real_ids", "generated_ids")

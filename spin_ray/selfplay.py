@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 
+from spin_ray import provenance
 from spin_ray.background import Threads
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
@@ -42,10 +43,12 @@ from spin_ray.methods import method_of
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.opponent import Bystander, Opponent
 from spin_ray.overlap import Overlap
+from spin_ray.pages import Pages
 from spin_ray.placement import Hardware
 from spin_ray.players import Players, as_placed, start_players
 from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
 from spin_ray.prepared import Prepared, prepare
+from spin_ray.provenance import Origin
 from spin_ray.records import Saved, Span
 from spin_ray.reporting import Reporting
 from spin_ray.system import ray_cluster
@@ -55,22 +58,22 @@ from spin_ray.tracking import Tracker
 from spin_ray.turns import MAIN_PLAYER, OPPONENT, Turns
 
 
-def run_method(config: Config) -> None:
-    """All iterations of a run, going on where an earlier one stopped; returns when the run is finished."""
+def run_method(config: Config, origin: Origin | None = None) -> None:
+    """All iterations of a run, going on where an earlier one stopped; returns when the run is finished. `origin`: what it is to repeat."""
     run = RunDir.open(config)
     with run.locked(), captured_output(run.logs / "driver.log") as to_user:
         terminal = Terminal(to_user, run.said)
         try:
-            _run(config, run, terminal)
+            _run(config, run, terminal, origin)
         except BaseException as error:
             if why := why_it_ends(error):
                 terminal.keep(f"spin-ray: {why}")  # it is said when all is shut down
             raise
 
 
-def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
+def _run(config: Config, run: RunDir, terminal: Terminal, origin: Origin | None) -> None:
     method = method_of(config)
-    if run.marks("finished"):
+    if run.finished:
         terminal.say(f"{run} is {_outcome(run)}")
         return
     interrupts = Interrupts()
@@ -78,6 +81,8 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
     facts, proof = inspect_model(config), Proof()
     proof.end(config, facts, terminal.say)
     prepared = prepare(config, run, facts, proof, terminal)
+    if origin:
+        _check_origin(origin, run, facts, terminal)
     if config.spin.stop != "never" and method.plays and not prepared.heldout:
         terminal.say(f"spin.stop={config.spin.stop} has nothing to go by without data.eval: all iterations will be played")
     thetas, samplers = thetas_of(config, run, facts), method.plays or bool(prepared.heldout)
@@ -90,6 +95,7 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
         if samplers:
             refuse_sampler(facts, hardware)
         blocks = len(prepared.block_sizes)
+        run.mark("session", **provenance.session(config, facts, hardware))
         make_base(config, run, facts, hardware.dtype)
         terminal.say(f"{run}: {prepared.lengths.num_prompts} prompts in {blocks} blocks, {hardware.device}, {hardware.dtype}; starting")
         players = stack.enter_context(
@@ -99,8 +105,17 @@ def _run(config: Config, run: RunDir, terminal: Terminal) -> None:
             SelfPlay(config, thetas, facts, prepared, hardware, players, proof, tracker, terminal, interrupts).play()
 
 
+def _check_origin(origin: Origin, run: RunDir, facts: ModelFacts, terminal: Terminal) -> None:
+    """Raises BadInput if the run could not be the same as the one that it is to repeat."""
+    origin.check({
+        "weights": provenance.weights_digest(facts), "prompts": run.marks("prepared")[-1].get("sha256", ""),
+        "template": provenance.template_digest(facts),
+    })
+    terminal.say(origin.other_software() or f"repeats {origin.path}: the same model, prompts, template and software")
+
+
 def _tell_of_the_end(run: RunDir, terminal: Terminal) -> None:
-    if run.marks("finished"):
+    if run.finished:
         terminal.say(_outcome(run))
 
 
@@ -112,7 +127,8 @@ def _last_model(run: RunDir) -> str:
 def _outcome(run: RunDir) -> str:
     """How a finished run has ended, for the user."""
     last, best = _last_model(run), run.best()
-    why = "".join(f" early, {mark['reason']}" for mark in run.marks("stopped"))
+    ends = run.marks("stopped", "extended")
+    why = f" early, {ends[-1]['reason']}" if ends and ends[-1]["stage"] == "stopped" else ""
     return f"finished{why}: the model is {last}" + (f"; the best by its held-out numbers is {best}" if best not in (None, last) else "")
 
 
@@ -127,12 +143,15 @@ class SelfPlay:
         proof: Proof, tracker: Tracker, terminal: Terminal, interrupts: Interrupts,
     ):
         self._config, self._thetas, self._run, self._hardware, self._interrupts = config, thetas, (run := thetas.run), hardware, interrupts
+        self._facts = facts
         self._method = method = method_of(config)
         self._learner, self._first, self._last = players.learner, len(run.marks("iteration")), method.num_iterations
         self._turns: Turns | None = None
         self._overlap = overlap = Overlap(config, method, prepared.block_sizes, self._first)
         self._threads = threads = Threads(overlap.fail, self._learner.fail)
-        self._reporting = reporting = Reporting(config, method, run, facts.chat, overlap, proof, tracker, terminal)
+        self._reporting = reporting = Reporting(
+            config, method, run, facts.chat, overlap, proof, tracker, terminal, Pages(config, thetas, facts.chat, terminal.say)
+        )
         self._reports = Reports(self._act_on)
         if players.pool is None:
             self._opponent = Bystander(method, run, self._learner, overlap, threads, reporting)
@@ -165,12 +184,14 @@ class SelfPlay:
         finally:
             with suppress(ray.exceptions.RayError):  # a pool that has died must not hide why the run ends
                 self._reporting.spans(self._opponent.spans())
-            self._reporting.draw_timeline()
+            self._reporting.ends()
         self._run.mark("finished")
 
     def _iterations(self) -> None:
         opponent, asked = self._opponent, self._ask_for(self._first)
         training = None if self._turns else self._post_training(self._first)
+        if not self._run.marks("theta_0"):
+            self._threads.start(self._mark_start)
         opponent.start()
         self._audited(self._first, opponent.become(self._first, self._answers(asked), lambda: self._thetas.played(self._first)))
         self._reports.stands(self._first, group=0)
@@ -189,6 +210,10 @@ class SelfPlay:
             opponent.release(t + 1, trained)
             self._threads.start(self._run.mark_checksums, t, self._thetas.folders(t))
             training = made.next_training
+
+    def _mark_start(self) -> None:
+        if sha256 := provenance.weights_digest(self._facts):
+            self._run.mark("theta_0", sha256=sha256)
 
     def _post_training(self, t: int) -> int | None:
         """Line 6: theta_{t+1} = argmin over the pairs of iteration t (and t - 1). Posted early: the workers wait for the blocks."""
@@ -236,8 +261,9 @@ class SelfPlay:
             moved = self._commit(t, group) and learner.move_base(base, group)
         self._audited(version, audit)
         run.mark(
-            "iteration", iteration=t, model=thetas.name(version), report=asdict(report), audit=audit and asdict(audit),
-            **opponent.saved(thetas.played(version)),
+            "iteration", iteration=t, model=thetas.name(version), opponent=thetas.name(t), report=asdict(report),
+            audit=audit and asdict(audit), **opponent.saved(thetas.played(version)), **opponent.made(t),
+            **provenance.iteration(self._config, self._method, run, t),
         )
         run.drop_outdated(self._config.run, self._method.needed(version))
         return Made(report, group, next_training)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import os
@@ -94,10 +95,10 @@ class Disk:
             _flush(path.parent)
             shutil.rmtree(old, ignore_errors=True)
 
-    def checksums(self, folder: Path) -> dict[str, str]:
-        """SHA-256 of every file of a folder."""
+    def checksums(self, folder: Path, wanted: str = "*") -> dict[str, str]:
+        """SHA-256 of every file of a folder whose name fits."""
         found = {}
-        for name in sorted(self.file_names(folder)):
+        for name in sorted(fnmatch.filter(self.file_names(folder), wanted)):
             with self._open(folder / name) as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
         return found
@@ -120,6 +121,11 @@ class Disk:
             os.pwrite(number, data, 0)
         finally:
             os.close(number)
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Put a small file into a folder that is finished."""
+        with self.written(path) as temporary:
+            temporary.write_bytes(data)
 
     def flock(self, path: Path) -> BinaryIO:
         """Lock a file against every other process that `flock` reaches, until it is closed or this process ends.
@@ -238,9 +244,9 @@ class ObjectStore(Disk):
     def commit(self, path: Path) -> None:
         """The mark that follows does it."""
 
-    def checksums(self, folder: Path) -> dict[str, str]:
+    def checksums(self, folder: Path, wanted: str = "*") -> dict[str, str]:
         with self._readable_errors(folder):
-            return super().checksums(folder)
+            return super().checksums(folder, wanted)
 
     def file_names(self, folder: Path) -> list[str]:
         with self._readable_errors(folder):
@@ -259,6 +265,9 @@ class ObjectStore(Disk):
             store, key = self._key(path)
             with store.open_output_stream(key) as file:
                 file.write(data)
+
+    def put(self, path: Path, data: bytes) -> None:
+        self.overwrite(path, data)  # not on this node's disk, where the folder may not be
 
     def for_ray_train(self, path: Path) -> dict[str, Any]:
         store, key = self._key(path)

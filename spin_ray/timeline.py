@@ -50,21 +50,31 @@ class Timeline:
 
     def draw(self) -> Path | None:
         """Write timeline.png, a row per player; None if nothing happened yet."""
-        sessions: dict[int, list[Span]] = {}
-        for session, span in [*self._earlier, *((self._session, span) for span in self._spans)]:
-            sessions.setdefault(session, []).append(span)
-        if not sessions:
+        spans, borders = _laid_out([*self._earlier, *((self._session, span) for span in self._spans)])
+        if not spans:
             return None
-        begins = [min(span.begin for span in spans) for spans in sessions.values()]
-        lengths = [max(span.end for span in spans) - begin for spans, begin in zip(sessions.values(), begins, strict=True)]
-        shifts = [sum(lengths[:k]) - begin for k, begin in enumerate(begins)]
-        spans = [
-            Span(span.player, span.activity, span.iteration, span.begin + shift, span.end + shift)
-            for shift, own in zip(shifts, sessions.values(), strict=True) for span in own
-        ]
         picture = self._run_path / "timeline.png"
-        _draw(merged(spans), picture, borders=[sum(lengths[:k]) for k in range(1, len(lengths))])
+        _draw(merged(spans), picture, borders=borders)
         return picture
+
+
+def laid_out(run_path: Path) -> tuple[list[Span], list[float]]:
+    """All spans of a run in seconds since it began, without the time between its sessions; and where one session follows another."""
+    return _laid_out(_read(run_path))
+
+
+def _laid_out(entries: Iterable[tuple[int, Span]]) -> tuple[list[Span], list[float]]:
+    sessions: dict[int, list[Span]] = {}
+    for session, span in entries:
+        sessions.setdefault(session, []).append(span)
+    begins = [min(span.begin for span in spans) for spans in sessions.values()]
+    lengths = [max(span.end for span in spans) - begin for spans, begin in zip(sessions.values(), begins, strict=True)]
+    shifts = [sum(lengths[:k]) - begin for k, begin in enumerate(begins)]
+    spans = [
+        Span(span.player, span.activity, span.iteration, span.begin + shift, span.end + shift)
+        for shift, own in zip(shifts, sessions.values(), strict=True) for span in own
+    ]
+    return spans, [sum(lengths[:k]) for k in range(1, len(lengths))]
 
 
 def read_spans(run_path: Path) -> list[Span]:
@@ -94,14 +104,34 @@ def iteration_windows(spans: Iterable[Span]) -> dict[int, tuple[float, float]]:
     return {t: (begin, trained[t]) for t, begin in zip(sorted(trained), begins, strict=False)}
 
 
+def shares(spans: Iterable[Span], players: Sequence[str], begin: float, end: float, order: Sequence[str]) -> dict[str, float]:
+    """Activity -> the share of the time from `begin` to `end` that players spend on it, on average; "wait" is what is left.
+
+    Where one does two things at once, the one that comes first in `order` counts.
+    """
+    spans, found, taken = list(spans), {}, {player: [] for player in players}
+    for activity in order:
+        gained = 0.0
+        for player in players:
+            before = _covered(taken[player], begin, end)
+            taken[player] = [*taken[player], *(span for span in spans if (span.player, span.activity) == (player, activity))]
+            gained += _covered(taken[player], begin, end) - before
+        found[activity] = gained / (end - begin) / max(1, len(players))
+    return {**found, "wait": max(0.0, 1 - sum(found.values()))}
+
+
 def idle_share(spans: Iterable[Span], player: str, begin: float, end: float) -> float:
     """Share of the time from `begin` to `end` in which a player did nothing."""
-    own = [span for span in spans if span.player == player and span.end > begin and span.begin < end]
+    return 1 - _covered([span for span in spans if span.player == player], begin, end) / (end - begin)
+
+
+def _covered(spans: Iterable[Span], begin: float, end: float) -> float:
+    """Seconds from `begin` to `end` in which at least one of the spans goes on."""
     busy, until = 0.0, begin
-    for start, stop in sorted((max(span.begin, begin), min(span.end, end)) for span in own):
+    for start, stop in sorted((max(span.begin, begin), min(span.end, end)) for span in spans if span.end > begin and span.begin < end):
         busy += max(0.0, stop - max(start, until))
         until = max(until, stop)
-    return 1 - busy / (end - begin)
+    return busy
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:

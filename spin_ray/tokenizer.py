@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str = "") 
     if chat_template:
         tokenizer.chat_template = chat_template
     return tokenizer, line
+
+
+def as_text(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """How token ids read, with special tokens, for people."""
+    return lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def shipped_templates() -> dict[str, Path]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import threading
 import time
 import uuid
@@ -61,11 +62,12 @@ class Tracker:
             import wandb
 
         self._lock, self._say, self._lost = threading.Lock(), say, False
+        self._config = config
         self._file = (run_path / "metrics.jsonl").open("a", buffering=1)
         try:
             self._wandb = wandb.init(
                 mode=wandb_mode(config), project=config.tracking.wandb.project, entity=config.tracking.wandb.entity or None,
-                group=config.tracking.wandb.group or None,
+                group=config.tracking.wandb.group or None, tags=[config.method, *config.tracking.wandb.tags],
                 name=config.run.name, id=_stable_id(run_path / "wandb_id"), resume="allow", dir=str(run_path), config=flatten(config),
                 settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
             )
@@ -126,6 +128,42 @@ class Tracker:
         with self._lock:
             self._send({name: wandb.Image(str(path))})
 
+    def model(self, version: int, name: str, folder: Path | None, facts: Mapping[str, Any]) -> None:
+        """theta_version as an artifact of the run, where the user wants that; theta_0 is what the run was made from.
+
+        `name`: where it lies, for people; `folder`: the same on this machine's disk; None: only the name is kept. An offline run cannot
+        use an artifact, so there the models' own metadata say what they were made from.
+        """
+        if not self._config.tracking.wandb.log_models or self._lost:
+            return
+        import wandb
+
+        made_from = {"made_from": f"theta_{version - 1}", "theta_0": self._config.model.path} if version else {}
+        metadata = {"version": version, "where": name, **made_from, **facts}
+        artifact = wandb.Artifact(self._artifact_name(version), type="model", metadata=metadata)
+        with self._lock, self._noting_its_end():
+            if not version:
+                artifact.add_reference(_as_url(name), checksum=False)
+                take = self._wandb.use_artifact if wandb_mode(self._config) == "online" else self._wandb.log_artifact
+                take(artifact)
+                return
+            if folder:
+                artifact.add_dir(str(folder))
+            else:
+                artifact.add_reference(name, checksum=False)
+            self._wandb.log_artifact(artifact, aliases=[f"theta_{version}"])
+
+    def _artifact_name(self, version: int) -> str:
+        """All versions that a run makes are versions of one artifact; its theta_0 is another."""
+        return re.sub(r"[^\w.-]", "-", f"{self._config.run.name}-{'model' if version else 'theta_0'}")
+
+    def file(self, path: Path) -> None:
+        """A file as it is, to W&B only; a later one of its name takes its place."""
+        with self._lock:
+            if not self._lost and path.exists():
+                with self._noting_its_end():
+                    self._wandb.save(str(path), base_path=str(path.parent), policy="now")
+
     def __enter__(self) -> Tracker:
         return self
 
@@ -140,6 +178,13 @@ class Tracker:
             if self._lost:
                 with contextlib.suppress(ConnectionError):
                     wandb.teardown()  # else it complains when Python ends
+
+
+def _as_url(name: str) -> str:
+    """Of a folder, or a name on the model hub."""
+    if "://" in name:
+        return name
+    return Path(name).absolute().as_uri() if Path(name).exists() else f"https://huggingface.co/{name}"
 
 
 def _stable_id(path: Path) -> str:

@@ -92,7 +92,7 @@ def measure_loop(config: Config, folder: Path) -> LoopCosts:
 def _pipeline(config: Config, folder: Path, blocks: int, size: int, in_flight: int) -> Pipeline:
     """Ray Data, its play processes and the driver's loop over what is played; replicas that answer at once."""
     run = _run(config, folder)
-    sizes = write_prompts(run, _prompts(blocks * size), size)
+    sizes, _ = write_prompts(run, _prompts(blocks * size), size)
     overlap, pool = Overlap(config, method_of(config), sizes), _pool()
     plan, specs = PlayPlan(run, pool, [SETTINGS]), overlap.blocks(0)
     finished, counted = threading.Event(), threading.Event()

@@ -9,7 +9,7 @@ from spin_ray.config.guard import AuditConfig, GuardConfig
 from spin_ray.config.inputs import DataConfig, ModelConfig
 from spin_ray.config.keys import at
 from spin_ray.config.learner import LearnerConfig
-from spin_ray.config.load import load_config, read_yaml, with_overrides
+from spin_ray.config.load import load_config, read_yaml, repeat_config, with_overrides
 from spin_ray.config.lora import LoraConfig
 from spin_ray.config.overlap import OverlapConfig, ReferenceConfig
 from spin_ray.config.placement import PlacementConfig
@@ -24,6 +24,6 @@ from spin_ray.config.weights import WeightsConfig
 __all__ = [
     "AuditConfig", "Config", "DataConfig", "DpoConfig", "GuardConfig", "LearnerConfig", "LoraConfig", "ModelConfig", "OverlapConfig",
     "PairLossConfig", "PlacementConfig", "ReferenceConfig", "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig",
-    "WandbConfig", "WeightsConfig", "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml", "to_json",
-    "with_overrides",
+    "WandbConfig", "WeightsConfig", "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml", "repeat_config",
+    "to_json", "with_overrides",
 ]

@@ -70,13 +70,13 @@ _SCHEDULE = "schedule"
 
 def at(section: Any, iteration: int) -> Any:
     """The section in one iteration: of every key that has a value per iteration that value."""
-    given = {key: getattr(section, key) for key in _scheduled(section)}
+    given = {key: getattr(section, key) for key in scheduled(section)}
     return replace(section, **{key: value[iteration] if isinstance(value, list) else value for key, value in given.items()})
 
 
 def check_schedules(section: Any, name: str, num_iterations: int) -> None:
     """Raise BadInput for the first key of the section that has another number of values, or one that it does not take."""
-    for key, (above, least, whole) in _scheduled(section).items():
+    for key, (above, least, whole) in scheduled(section).items():
         value, bound = getattr(section, key), f"above {above:g}" if above is not None else f"of at least {least:g}"
         if isinstance(value, list) and len(value) != num_iterations:
             raise BadInput(f"{name}.{key} has {len(value)} values for {num_iterations} iterations; give one value, or one per iteration")
@@ -86,7 +86,8 @@ def check_schedules(section: Any, name: str, num_iterations: int) -> None:
                 raise BadInput(f"{name}.{key}={value}: must be a {'whole ' * whole}number {bound}, or a list of one per iteration")
 
 
-def _scheduled(section: Any) -> dict[str, tuple[float | None, float | None, bool]]:
+def scheduled(section: Any) -> dict[str, tuple[float | None, float | None, bool]]:
+    """The section's keys that may have a value per iteration, and what each takes."""
     return {entry.name: entry.metadata[_SCHEDULE] for entry in fields(section) if _SCHEDULE in entry.metadata}
 
 

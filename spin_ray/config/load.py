@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     given = _given(overrides)
     layers = [(str(path), in_file), ("command line", given)]
     return _merge([*_preset(layers), *layers])
+
+
+def repeat_config(path: str | Path, saved: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A config that a run has saved, with overrides. `path`: where that lies, for messages. Raises BadInput."""
+    return _merge([(str(path), OmegaConf.create(dict(saved))), ("command line", _given(overrides))])[0]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -15,6 +15,10 @@ class WandbConfig:
     entity: str = ""
     group: str = ""
     """W&B shows the runs of a group together; a search gives its trials its own name."""
+    tags: list[str] = field(default_factory=list)
+    """W&B finds runs by them; the run's method is always one, of a search's and a study's runs that word too."""
+    log_models: bool = False
+    """Whether every theta_t goes to W&B as an artifact, with theta_0 as what it was made from: as many bytes as the models have."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ import json
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from spin_ray.config.keys import scheduled
 from spin_ray.config.schema import Config, decided_scorer
 
 RESUME_MAY_CHANGE = (
@@ -20,6 +21,9 @@ RESUME_MAY_CHANGE = (
 )
 """Keys that say where and on what a run is computed, how it is followed, kept and given up: not what it computes, but for float noise.
 Not among them: what DeepSpeed's checkpoints are made by (learner.zero_stage, offload_optimizer)."""
+
+
+_ITERATIONS = "spin.num_iterations"
 
 
 def changes_result(key: str) -> bool:
@@ -41,9 +45,23 @@ def differences(config: Config, saved: dict[str, Any]) -> list[str]:
 
     A key that it lacks was not there yet in the version that wrote it, and counts as its default.
     """
-    now, then = (_decided(each) for each in (flatten(config), flatten(Config()) | _flatten_dict(saved)))
+    now, then = (_decided(each) for each in (flatten(config), flatten(Config()) | flatten_dict(saved)))
+    if now[_ITERATIONS] > (count := then[_ITERATIONS]):  # more of the same: what the iterations so far were made with must be the same
+        now |= {_ITERATIONS: count} | {
+            key: then[key] for key in _scheduled_keys(config) if _first(now[key], count) == _first(then[key], count)
+        }
     keys = [key for key in sorted(now.keys() | then.keys()) if changes_result(key)]
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if now.get(key) != then.get(key)]
+
+
+def _scheduled_keys(config: Config) -> list[str]:
+    sections = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+    return [f"{name}.{key}" for name, section in sections.items() if is_dataclass(section) for key in scheduled(section)]
+
+
+def _first(value: Any, count: int) -> list[Any]:
+    """A value, or a list of one per iteration, as the first iterations have it."""
+    return value[:count] if isinstance(value, list) else [value] * count
 
 
 def _decided(flat: dict[str, Any]) -> dict[str, Any]:
@@ -51,10 +69,11 @@ def _decided(flat: dict[str, Any]) -> dict[str, Any]:
     return {**flat, "reference.scorer": decided_scorer(flat["reference.scorer"], flat["model.quantization"])}
 
 
-def _flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The same of a config that was saved."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

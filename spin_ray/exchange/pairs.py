@@ -14,6 +14,7 @@ the samplers' nodes still reads what they have written.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 import time
@@ -43,6 +44,7 @@ from spin_ray.records import (
     Prompt,
     SamplingSettings,
     Version,
+    digest,
     from_table,
     to_table,
 )
@@ -73,6 +75,8 @@ class Played:
     num_pairs: int
     num_drawn: int
     """Tokens of the answers in it."""
+    sha256: bytes
+    """Of its prompts' numbers and generated answers."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,15 @@ class Given:
 LATE_FILE_S = 60.0
 
 
-def write_prompts(run: RunDir, prompts: Iterable[Prompt], block_prompts: int) -> list[int]:
-    """Cut the prepared prompts, as they come, into blocks on disk; returns the blocks' sizes."""
-    coming, sizes = iter(prompts), []
+def write_prompts(run: RunDir, prompts: Iterable[Prompt], block_prompts: int) -> tuple[list[int], str]:
+    """Cut the prepared prompts, as they come, into blocks on disk; returns the blocks' sizes, and a SHA-256 of all token ids in order."""
+    coming, sizes, ids = iter(prompts), [], hashlib.sha256()
     while part := list(itertools.islice(coming, block_prompts)):
-        write_table(run.prompts(len(sizes)), to_table(part, PROMPT_SCHEMA))
+        table = to_table(part, PROMPT_SCHEMA)
+        write_table(run.prompts(len(sizes)), table)
+        ids.update(digest(table, ("prompt_ids", "real_ids", "rejected_ids")))
         sizes.append(len(part))
-    return sizes
+    return sizes, ids.hexdigest()
 
 
 def stored_prompts(run: RunDir, block_sizes: Sequence[int]) -> Iterator[Prompt]:
@@ -326,7 +332,8 @@ def check_logps(block: BlockSpec, table: pa.Table) -> None:
 def _checked(plan: PlayPlan, block: BlockSpec, table: pa.Table) -> pa.Table:
     """What was `Played`, of pairs that are what they should be."""
     _check_block(plan, block, table)
-    return pa.table({"num_pairs": [len(table)], "num_drawn": [pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()]})
+    num_drawn = pc.sum(pc.list_value_length(table.column("generated_ids"))).as_py()
+    return pa.table({"num_pairs": [len(table)], "num_drawn": [num_drawn], "sha256": [digest(table, ("prompt_id", "generated_ids"))]})
 
 
 def _check_block(plan: PlayPlan, block: BlockSpec, table: pa.Table) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import calendar
 import itertools
 import json
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,9 +12,6 @@ from typing import Any
 from spin_ray.look.stored import Stored, file_names, whole_lines
 from spin_ray.methods import method_of
 from spin_ray.overlap import Overlap
-
-STARTS = "; starting"
-"""How the line ends that a session says when it begins."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def _left(stored: Stored, since: float, num_steps: int) -> float | None:
 def _times(stored: Stored, since: float | None, now: float) -> tuple[float | None, float]:
     """When the run was begun, and the seconds of all its sessions together."""
     spans = list(whole_lines(stored.read("timeline.jsonl")))
-    starts = _starts(stored.lines(stored.run.said)) or sorted(_first_of_sessions(spans))
+    starts = sorted(mark["started"] for mark in stored.marks("session")) or sorted(_first_of_sessions(spans))
     times = [line["time"] for line in stored.metrics if "time" in line]
     times += itertools.chain.from_iterable((span["begin"], span["end"]) for span in spans if {"begin", "end"} <= span.keys())
     times = sorted([*times, *starts, *([since, now] if since is not None else [])])
@@ -116,11 +111,3 @@ def _first_of_sessions(spans: Sequence[dict[str, Any]]) -> list[float]:
             first[span["session"]] = min(span["begin"], first.get(span["session"], span["begin"]))
     return list(first.values())
 
-
-def _starts(said: Sequence[str]) -> list[float]:
-    found = []
-    for line in said:
-        if line.rstrip().endswith(STARTS):
-            with suppress(ValueError):
-                found.append(float(calendar.timegm(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))))
-    return sorted(found)

@@ -73,15 +73,16 @@ def _refuse_other_folders(stored: Stored) -> None:
 
 def _state(stored: Stored, owner: Owner | None) -> tuple[str, str]:
     """What is going on, and a word about it."""
-    if stored.marks("finished"):
-        stopped = stored.marks("stopped")
-        return (STOPPED, stopped[-1]["reason"]) if stopped else (FINISHED, "")
+    ends = [entry for entry in stored.entries if entry.get("stage") in ("finished", "extended", "stopped")]
+    if ends and ends[-1]["stage"] == "finished":  # since it was finished, no more was asked for
+        stopped = len(ends) > 1 and ends[-2]["stage"] == "stopped"
+        return (STOPPED, ends[-2]["reason"]) if stopped else (FINISHED, "")
     if owner:
         return RUNNING, str(owner)
     diverged, last = stored.marks("diverged"), stored.entries[-1:]
     if diverged and last and last[0] is diverged[-1]:
         return DIVERGED, diverged[-1]["reason"]
-    if not stored.entries:
+    if not stored.marks("prepared"):
         return NEVER, _last_words(stored)
     return INTERRUPTED, _last_words(stored) or "the same command goes on"
 
@@ -143,12 +144,14 @@ def _warnings(stored: Stored) -> list[str]:
         f"rolled back at iteration {mark['iteration']}, step {mark['step']}: {one_line(mark['error'])}; {mark['lr_scale']:g} times the "
         "learning rate since" for mark in stored.marks("rollback")
     ]
+    if (sessions := len(stored.marks("session"))) > 1:
+        found.append(f"it went on {sessions - 1} times after an end")
     restarts = [line["sampler/num_restarts"] for line in stored.metrics if "sampler/num_restarts" in line]
     if any(restarts):
         found.append(f"samplers were started anew {_most_per_session(restarts)} times")
     again = _steps_again(steps_of(stored))
     if again:
-        found.append(f"optimizer steps were taken again {again} times: the learner was started anew, or the run went on")
+        found.append(f"steps of the main player were taken again {again} times: its workers were started anew, or the run went on")
     return found
 
 

@@ -163,7 +163,8 @@ class Study:
             return line
         refuse_to_begin()
         name = _folder_name(trial, settings[len(arm.settings) :])
-        more = [f"run.dir={self.folder / 'runs'}", f"run.name={name}", f"run.seed={seed}", "tracking.wandb.group=study"]
+        tracked = ("tracking.wandb.group=study", "tracking.wandb.tags=[study]")
+        more = [f"run.dir={self.folder / 'runs'}", f"run.name={name}", f"run.seed={seed}", *tracked]
         if stage == SEARCH:
             more.append(f"data.eval={self._files['search']}")
         if arm.data:

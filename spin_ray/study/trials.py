@@ -17,12 +17,11 @@ from typing import Any
 from spin_ray.config import load_config
 from spin_ray.errors import BadInput, RunStopped
 from spin_ray.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from spin_ray.heldout import has_collapsed
 from spin_ray.interrupt import Interrupted
 from spin_ray.manifest import RunDir
 
 POLL_S = 1.0
-COLLAPSED_SHARE, COLLAPSED_NATS = 0.5, 1.0
-"""A run has collapsed whose last version has less than this share of the first one's right answers, or so many more nats per token."""
 
 _RUNNING: set[subprocess.Popen] = set()
 """Runs of this process."""
@@ -153,10 +152,4 @@ def _sigterm_passed_on() -> Iterator[None]:
 
 def collapsed(run: RunDir) -> bool:
     """Whether the run's numbers went bad, or its last version is far worse than its first."""
-    evaluations = run.evaluations()
-    if run.marks("diverged") or not evaluations:
-        return bool(run.marks("diverged"))
-    first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
-    rise = last["real_nll_nats_per_token"] - first["real_nll_nats_per_token"]
-    lost = last.get("exact_match_t1_share", 1.0) < COLLAPSED_SHARE * first.get("exact_match_t1_share", 0.0)
-    return rise > COLLAPSED_NATS or lost
+    return bool(run.marks("diverged")) or has_collapsed(run.evaluations())

@@ -181,7 +181,7 @@ class _Search:
     def _of_trial(self, name: str, params: dict[str, Any]) -> list[str]:
         return [
             *self._overrides, *assignments(params), f"run.dir={self._folder / 'trials'}", f"run.name={name}",
-            f"tracking.wandb.group={self._config.run.name}",
+            f"tracking.wandb.group={self._config.run.name}", f"tracking.wandb.tags={[*self._config.tracking.wandb.tags, 'search']}",
         ]
 
     def _run(self, number: int) -> RunDir:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_runs import MadeRun, config_of, half_way
 from made_tokenizers import made
 from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
 from rich.cells import cell_len
 from rich.console import Console
+from seen_runs import MadeRun, config_of, half_way
 from transformers import AutoModelForCausalLM
 
 from spin_ray.chat import ChatFormat

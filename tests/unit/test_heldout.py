@@ -38,7 +38,7 @@ def decode(ids):
 def test_quality_of_one_version():
     right = are_right(PROMPTS, [pair.generated_ids for pair in BEFORE], decode)
     assert right.tolist() == [True, False] and are_right(PROMPTS[1:2], [tokens(1)], decode) is None
-    metrics = quality(BEFORE, right, np.array([True, True]))
+    metrics = {name: value for name, value in quality(BEFORE, right, np.array([True, True])).items() if not name.endswith("_se")}
     assert metrics == pytest.approx({
         "real_nll_nats_per_token": 13 / 7, "generated_tokens": 8 / 3, "real_tokens": 7 / 3, "truncated_share": 1 / 3, "same_as_real_share": 1 / 3,
         "exact_match_t1_share": 0.5, "exact_match_greedy_share": 1.0,

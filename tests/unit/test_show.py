@@ -13,10 +13,10 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_runs import STEP_S, config_of, half_way
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+from seen_runs import STEP_S, config_of, half_way
 
 from spin_ray import lock
 from spin_ray.__main__ import main
@@ -101,6 +101,8 @@ def test_what_is_told_is_what_was_done(tmp_path_factory, method, iterations, rep
     (lambda run: (run.mark("diverged", reason="loss is nan"), run.mark("rollback", iteration=0, step=3, lr_scale=0.5, error="loss is nan")),
      INTERRUPTED, "the same command goes on"),
     (lambda run: run.say("spin-ray: interrupted; the same command goes on"), INTERRUPTED, "interrupted; the same command goes on"),
+    (lambda run: (run.mark("finished"), run.mark("extended", num_iterations=4)), INTERRUPTED, "the same command goes on"),
+    (lambda run: (run.mark("stopped", reason="enough"), run.mark("finished"), run.mark("extended", num_iterations=4), run.mark("finished")), FINISHED, ""),
     (lambda run: run.say("0 prompts; starting"), INTERRUPTED, "the same command goes on"),
     (lambda run: None, INTERRUPTED, "the same command goes on"),
 ])
@@ -241,6 +243,10 @@ def test_sessions_are_added_without_the_time_between(tmp_path):
     (run.folder / "metrics.jsonl").unlink()
     progress = facts(run.folder).progress
     assert progress.begun == 1000.0 and progress.worked_s == 120.0
+    for started in (990.0, 4980.0):
+        run.mark("session", started=started)
+    found = facts(run.folder)
+    assert found.progress.begun == 990.0 and found.progress.worked_s == 150.0 and "went on 1 times" in found.warnings[0]
 
 
 @pytest.mark.parametrize("seconds, words", [(59.6, "60 s"), (120, "2 min"), (4020, "67 min"), (7500, "2 h 5 min"), (200_000, "2 d 8 h")])
