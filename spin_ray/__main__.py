@@ -270,7 +270,7 @@ COMMANDS = {
         )),
 }
 
-ONLY_PRINT = ("config",)
+ONLY_PRINT = ("config", "show")
 """Commands that are done when nobody reads on."""
 
 

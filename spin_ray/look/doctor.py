@@ -22,7 +22,6 @@ from spin_ray.config import Config, load_config
 from spin_ray.look import cluster, machine, packages, proofs, works
 from spin_ray.look.checks import ERROR, OK, WARNING, Check, Line, Subject, carried_out
 from spin_ray.look.printable import one_line
-from spin_ray.places import stand_in_for_home
 
 _LARGER_DISK = "make room, or give another folder (run.dir, run.scratch; TMPDIR)"
 CHECKS = (
@@ -73,7 +72,6 @@ def doctor(words: Sequence[str], *, as_json: bool) -> int:
 
 
 def _lines(subject: Subject) -> Iterator[Line]:
-    stand_in_for_home()
     for check in (*CHECKS, *(OF_A_CONFIG if subject.given else ())):
         yield from carried_out(check, subject)
 

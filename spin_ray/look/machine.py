@@ -16,7 +16,7 @@ import psutil
 from spin_ray.address import check_ray_address
 from spin_ray.errors import BadInput
 from spin_ray.look.checks import ERROR, OK, WARNING, Found, Subject
-from spin_ray.places import can_write
+from spin_ray.places import can_write, stand_in_for_home
 
 GIB = 2**30
 LITTLE_MEMORY_GIB, LITTLE_DISK_GIB, NO_DISK_GIB, LITTLE_SHM_GIB = 8.0, 20.0, 2.0, 2.0
@@ -148,7 +148,8 @@ def open_files(*_: object) -> Iterator[Found]:
 
 
 def home(*_: object) -> Iterator[Found]:
-    """Caches, W&B's key and Ray's token lie there."""
+    """Caches, W&B's key and Ray's token lie there; what stands in for it does so for the checks after this one too. Raises BadInput."""
+    stand_in_for_home()
     place = Path(os.path.expanduser("~"))
     writable = can_write(place)
     yield Found(OK if writable else WARNING, f"{place} can{'' if writable else 'not'} be written")

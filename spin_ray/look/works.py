@@ -122,7 +122,8 @@ def _computing(subject: Subject, *, samplers: bool = False, learner: bool = Fals
     from spin_ray.system import ray_cluster
 
     with ray_cluster(config, samplers=samplers, learner=learner) as hardware:
-        task = ray.remote(num_gpus=hardware.sampler_gpus if samplers else hardware.learner_gpus, num_cpus=1, max_retries=0)
+        gpus = hardware.sampler_gpus if samplers else hardware.learner_gpus
+        task = ray.remote(num_gpus=gpus, num_cpus=0.5, max_retries=0, max_calls=1)  # its process has changed too much for another one
         yield lambda function, *args: ray.get(task(function).remote(hardware, *args))
 
 
