@@ -7,20 +7,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
 from spin_ray.chatter import captured_output
 
 
 @contextmanager
-def quietly(what: str) -> Iterator[tuple[TextIO, Path]]:
-    """While the body runs, nothing but what goes to the stream that this yields reaches the user; also yields the file of the rest.
-
-    The file is removed at the end if the body does not fail, unless the body has renamed it.
-    """
+def quietly(what: str) -> Iterator[None]:
+    """While the body runs, nothing that is printed reaches the user. The file is removed at the end if the body does not fail."""
     number, name = tempfile.mkstemp(prefix=f"spin-ray-{what}-", suffix=".log")
     os.close(number)
-    with captured_output(name) as to_user:
-        yield to_user, Path(name)
+    with captured_output(name):
+        yield
     with suppress(FileNotFoundError):
         Path(name).unlink()
