@@ -34,7 +34,7 @@ class Progress:
 
 
 def progress_of(stored: Stored, *, since: float | None, now: float) -> Progress:
-    """`since`: when the session that is at work took the run, by its host's clock; None: none is at work."""
+    """`since`: when the session that is at work took the run, None if none is; `now`: the time. Both by the clock of that session's host."""
     method, done = method_of(stored.config), len(stored.marks("iteration"))
     sizes = next((mark["block_sizes"] for mark in stored.marks("prepared")[-1:]), None)
     begun, worked = _times(stored, since, now)
@@ -44,7 +44,7 @@ def progress_of(stored: Stored, *, since: float | None, now: float) -> Progress:
     if done >= method.num_iterations:
         return Progress(done, method.num_iterations, None, None, None, None, begun, worked, None)
     pairs, num_pairs = _pairs(stored, overlap, done) if method.plays else (None, None)
-    left = None if since is None else _left(stored, since, sum(map(overlap.num_steps, range(method.num_iterations))))
+    left = None if since is None else _left(stored, since, now, sum(map(overlap.num_steps, range(method.num_iterations))))
     return Progress(
         done, method.num_iterations, _step(stored, done), overlap.num_steps(done), pairs, num_pairs, begun, worked, left
     )
@@ -74,14 +74,14 @@ def _saved_steps(stored: Stored, t: int) -> int:
     return 0
 
 
-def _left(stored: Stored, since: float, num_steps: int) -> float | None:
-    """Seconds for the steps that are left, at this session's pace: all that came between its first line and its last step counts."""
+def _left(stored: Stored, since: float, now: float, num_steps: int) -> float | None:
+    """Seconds for the steps that are left, at this session's pace: all the time since its first line counts."""
     lines = [line for line in stored.metrics if line.get("time", 0) >= since]
     steps = [line for line in lines if "train/global_step" in line]
     if not steps:
         return None
     taken = steps[-1]["train/global_step"] - steps[0]["train/global_step"] + 1
-    elapsed = steps[-1]["time"] - lines[0]["time"]
+    elapsed = max(now, lines[-1]["time"]) - lines[0]["time"]
     left = num_steps - steps[-1]["train/global_step"] - 1
     return max(0.0, elapsed / taken * left) if taken > 1 else None
 

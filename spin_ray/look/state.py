@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +53,7 @@ def facts_of(stored: Stored, *, patience_s: float = 2 * BEAT_S) -> Facts:
     stored = Stored(stored.run)  # read after the lock: a run that ends meanwhile has said so
     config = stored.config
     state, why = _state(stored, owner if at_work else None)
-    progress = progress_of(stored, since=owner.since if owner and at_work else None, now=time.time())
+    progress = progress_of(stored, since=owner.since, now=owner.seen) if owner and at_work else progress_of(stored, since=None, now=0.0)
     return Facts(
         run=str(stored), state=state, why=one_line(why), method=config.method, progress=progress, versions=versions_of(stored),
         training=_training(stored), newest=_newest(stored), best=best_of(stored), warnings=_warnings(stored),
