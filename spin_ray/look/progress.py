@@ -34,7 +34,7 @@ class Progress:
 
 
 def progress_of(stored: Stored, *, since: float | None, now: float) -> Progress:
-    """`since`: when the session that is at work took the run, None if none is; `now`: the time. Both by the clock of that session's host."""
+    """`since`: when the session that is at work took the run, None: none is; `now`: the time. Both by the clock of that session's host."""
     method, done = method_of(stored.config), len(stored.marks("iteration"))
     sizes = next((mark["block_sizes"] for mark in stored.marks("prepared")[-1:]), None)
     begun, worked = _times(stored, since, now)
