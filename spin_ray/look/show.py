@@ -16,6 +16,7 @@ from rich.text import Text
 
 from spin_ray.errors import BadInput
 from spin_ray.look.printable import printable
+from spin_ray.look.progress import Progress
 from spin_ray.look.state import NEVER, RUNNING, Facts, facts_of, version_named
 from spin_ray.look.stored import open_stored
 from spin_ray.look.trials import Trials, trials_of
@@ -75,7 +76,7 @@ def _lines(facts: Facts) -> list[str]:
     if progress.num_pairs is not None:
         lines.append(f"  pairs      {progress.pairs:,} of {progress.num_pairs:,} of this iteration are played")
     if facts.state == RUNNING:
-        lines.append(f"  left       {'not known yet' if progress.left_s is None else f'about {duration(progress.left_s)}'}")
+        lines.append(f"  left       {_left(progress)}")
     if shown := [f"{name} {value:.4g}" for name in _SHOWN if isinstance(value := facts.training.get(name), (int, float))]:
         lines.append(f"  last step  {', '.join(shown)}")
     if facts.newest:
@@ -88,6 +89,12 @@ def _lines(facts: Facts) -> list[str]:
     if facts.said:
         lines += ["", "last lines that it said (UTC):", *(f"  {line}" for line in facts.said)]
     return lines
+
+
+def _left(progress: Progress) -> str:
+    if progress.iterations == progress.num_iterations:
+        return "all is trained; the last versions are evaluated"
+    return "not known yet" if progress.left_s is None else f"about {duration(progress.left_s)}"
 
 
 def _table(facts: Facts) -> list[str]:
