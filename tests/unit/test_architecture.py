@@ -29,7 +29,7 @@ def test_one_vendor_one_place(vendor):
 
 
 LAYERS = [
-    ("errors.py", "families.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py", "imports.py"),
+    ("errors.py", "families.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py", "imports.py", "hub.py"),
     ("config/",),
     ("background.py", "storage.py", "spool.py"),
     ("records.py", "lengths.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
