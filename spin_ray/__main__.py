@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
         with without_gc():
             from spin_ray.selfplay import run_method
 
-        run_method(config, origin)
+        run_method(config, origin, quiet=args.quiet)
 
 
 def _config_to_run(args: argparse.Namespace) -> tuple[Config, Origin | None]:
@@ -134,7 +134,7 @@ def _tune(args: argparse.Namespace) -> None:
 def _probe(args: argparse.Namespace) -> None:
     from spin_ray.study.probe import probe
 
-    probe(args.config, args.overrides)
+    probe(args.config, args.overrides, quiet=args.quiet)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -185,22 +185,24 @@ _FROM_MANIFEST = ("--from-manifest", {
     "metavar": "FILE", "help": "repeat the run that wrote this manifest.jsonl, in place of a config: the same settings, model and data",
 })
 _OVERRIDES = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that replace the file's, such as spin.beta=0.1"})
+_QUIET = ("--quiet", {"action": "store_true", "help": "say nothing but how it ends"})
 _SEARCH = ("search", {"help": "YAML file of what to try, for example conf/search/lr_beta.yaml"})
 
 COMMANDS = {
     "run": Command(
         _run, "Train by the config's method, SPIN if it names none: all iterations, or what is left of them.",
-        (_ITS_CONFIG, _OVERRIDES, _FROM_MANIFEST)),
+        (_ITS_CONFIG, _OVERRIDES, _FROM_MANIFEST, _QUIET)),
     "sft": Command(
         _run, "Supervised fine-tuning of a base model on the same data, what SPIN starts from: run with method=sft.",
-        (_CONFIG, _OVERRIDES)),
+        (_CONFIG, _OVERRIDES, _QUIET)),
     "eval": Command(_eval, "Evaluate the model of the config on its held-out data.", (_CONFIG, _OVERRIDES)),
     "config": Command(_config, "Print the resolved config and where each value came from.", (_CONFIG, _OVERRIDES)),
     "tune": Command(
         _tune, "Search over keys of the config, such as learning rate and beta: every trial is a run of its own; the same command goes on.",
         (_CONFIG, _SEARCH, _OVERRIDES)),
     "probe": Command(
-        _probe, "What a run would meet, before it is paid for: short tries over learning rate and beta, in words.", (_CONFIG, _OVERRIDES)),
+        _probe, "What a run would meet, before it is paid for: short tries over learning rate and beta, in words.",
+        (_CONFIG, _OVERRIDES, _QUIET)),
     "report": Command(
         _report, "One page about a run, or about several side by side, a search's folder among them: a file that needs nothing else.",
         (

@@ -57,20 +57,21 @@ from spin_ray.tracking import Tracker
 from spin_ray.turns import MAIN_PLAYER, OPPONENT, Turns
 
 
-def run_method(config: Config, origin: Origin | None = None) -> None:
+def run_method(config: Config, origin: Origin | None = None, *, quiet: bool = False) -> None:
     """All iterations of a run, going on where an earlier one stopped; returns when the run is finished. `origin`: what it is to repeat."""
     run = RunDir.open(config)
-    with run.locked(), captured_output(run.logs / "driver.log") as to_user:
-        _run(config, run, Terminal(to_user), origin)
+    with run.locked(), captured_output(run.logs / "driver.log") as to_user, Terminal(to_user, quiet=quiet) as terminal:
+        _run(config, run, terminal, origin)
 
 
 def _run(config: Config, run: RunDir, terminal: Terminal, origin: Origin | None) -> None:
     method = method_of(config)
     if run.finished:
-        terminal.say(f"{run} is {_outcome(run)}")
+        terminal.conclude(f"{run} is {_outcome(run)}")
         return
     interrupts = Interrupts()
     interrupts.listen()
+    terminal.status(f"reading {config.model.path}'s tokenizer and config")
     facts, proof = inspect_model(config), Proof()
     proof.end(config, facts, terminal.say)
     prepared = prepare(config, run, facts, proof, terminal)
@@ -82,6 +83,7 @@ def _run(config: Config, run: RunDir, terminal: Terminal, origin: Origin | None)
     max_model_len = longest_sequence(prepared.lengths.and_of(prepared.heldout), config.sampler.max_new_tokens if samplers else 0, facts)
     with ExitStack() as stack:
         stack.callback(_tell_of_the_end, run, terminal)
+        terminal.status("starting Ray, or joining it")
         hardware = stack.enter_context(ray_cluster(config, samplers=samplers, say=terminal.say))
         interrupts.listen()
         config = as_placed(config, hardware, terminal.say)
@@ -94,7 +96,8 @@ def _run(config: Config, run: RunDir, terminal: Terminal, origin: Origin | None)
         players = stack.enter_context(
             start_players(config, thetas, hardware, max_model_len, proof_pairs(prepared.first), samplers=samplers)
         )
-        with Tracker(config, run.path, terminal.say) as tracker, terminal:
+        terminal.status("loading the model: opponent and main player start")
+        with Tracker(config, run.path, terminal.say) as tracker:
             SelfPlay(config, thetas, facts, prepared, hardware, players, proof, tracker, terminal, interrupts).play()
 
 
@@ -109,7 +112,7 @@ def _check_origin(origin: Origin, run: RunDir, facts: ModelFacts, terminal: Term
 
 def _tell_of_the_end(run: RunDir, terminal: Terminal) -> None:
     if run.finished:
-        terminal.say(_outcome(run))
+        terminal.conclude(_outcome(run))
 
 
 def _last_model(run: RunDir) -> str:
@@ -195,6 +198,7 @@ class SelfPlay:
                 self._turns.give_to(MAIN_PLAYER)
                 training = self._post_training(t)
             follow(self._learner, training, self._reports.arrived, self._interrupts)  # line 6
+            self._reporting.becomes(t + 1)
             with self._interrupts.graceful():  # a signal here ends the next iteration's training before it begins
                 made = self._become_opponent(t + 1, training)
             self._all_trained = t + 1 == self._last
