@@ -35,6 +35,18 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     atexit.register(gc.freeze)  # the interpreter's last collection would walk through all libraries once more
+    args = parsed(argv)
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
+    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "10")  # Ray reads it when it is imported
+    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for none
+        del os.environ["RAY_ADDRESS"]
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
+    return ends_in_one_line("spin-ray", lambda: _work(args), only_prints=args.command in ONLY_PRINT)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """A command line; one that is wrong ends the process with what argparse says."""
     parser = argparse.ArgumentParser(prog="spin-ray", description="Self-play fine-tuning (SPIN) as one Ray job.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
@@ -49,13 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.words += rest
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
-    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "10")  # Ray reads it when it is imported
-    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for none
-        del os.environ["RAY_ADDRESS"]
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
-    return ends_in_one_line("spin-ray", lambda: _work(args), only_prints=args.command in ONLY_PRINT)
+    return args
 
 
 def _work(args: argparse.Namespace) -> int:
