@@ -39,7 +39,7 @@ class EvalConfig:
             if not name or names.count(name) > 1:
                 raise BadInput(f"eval.tasks={task}: {'named twice' if name else 'no name'}; give each task once, as NAME or NAME:SHOTS")
         if self.tasks and find_spec("lm_eval") is None:
-            raise BadInput("eval.tasks needs the package lm_eval, which is not installed: pip install lm_eval==0.4.13")
+            raise BadInput("eval.tasks needs the package lm_eval, which is not installed: pip install 'spin-ray[eval]', or make setup")
 
 
 def _parted(task: str) -> tuple[str, int | None]:

@@ -125,10 +125,13 @@ def _built(manager: TaskManager, wanted: str, names: Iterable[str]) -> list[Buil
     except BadInput:
         raise
     except Exception as error:  # a data set's own code, the hub's client and Jinja have no common base
-        raise BadInput(
-            f"eval.tasks={wanted}: cannot be loaded: {type(error).__name__}: {in_one_line(error)}; a data set of the hub needs the network "
-            "once, later ones are read from its cache"
-        ) from error
+        raise BadInput(f"eval.tasks={wanted}: cannot be loaded: {type(error).__name__}: {in_one_line(error)}{_about_hub(error)}") from error
+
+
+def _about_hub(error: Exception) -> str:
+    """A word on the network, if it is an error of what fetches data sets."""
+    fetched = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "huggingface_hub", "datasets")
+    return "; a data set of the hub needs the network once, then it is read from the hub's cache on this machine" if fetched else ""
 
 
 def _each(found: Built | list[Task]) -> list[Built]:

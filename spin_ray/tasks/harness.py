@@ -6,6 +6,7 @@ version answers the same ones.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -67,10 +68,11 @@ class Tasks:
         )
 
     def examples(self, count: int) -> list[Prompt]:
-        """Texts of the tasks as prompts with an answer, for a proof on tokens that the model will see. Each is cut in its middle."""
-        texts = [SamplerModel(self._facts.chat).tok_encode("".join(map(str, i.args[:1]))) for i in self._instances()][: count * 4]
-        ids = [np.array(text[: self.max_length], np.int32) for text in texts if len(text) > 1]
-        return [Prompt(number, each[: len(each) // 2], each[len(each) // 2 :]) for number, each in enumerate(ids[:count])]
+        """So many of the tasks' texts as prompts with an answer, cut in their middle: for a proof on tokens that the model will see."""
+        model, texts = SamplerModel(self._facts.chat), dict.fromkeys(instance.args[0] for instance in self._instances())
+        ids = [np.array(model.tok_encode(text)[: self.max_length], np.int32) for text in itertools.islice(texts, count)]
+        halves = [(each[: len(each) // 2], each[len(each) // 2 :]) for each in ids if len(each) > 1]
+        return [Prompt(number, *each) for number, each in enumerate(halves)]
 
     def _instances(self) -> Iterator[Any]:
         return (instance for task in self._tasks.values() for instance in task.instances)
