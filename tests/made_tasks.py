@@ -14,6 +14,7 @@ test_split: test
 doc_to_text: "{{question}}"
 doc_to_target: "{{right}}"
 doc_to_choice: "{{choices}}"
+target_delimiter: ""
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}

@@ -64,7 +64,7 @@ class Tasks:
             )
         return TaskNumbers(
             in_words(found["results"]), self._heads(), model.num_truncated, model.num_windowed, self.max_length,
-            {name: task.config.num_fewshot for name, task in self._tasks.items()}, version_of("lm_eval"),
+            {name: task.config.num_fewshot for name, task in self._tasks.items()}, found["versions"], version_of("lm_eval"),
         )
 
     def examples(self, count: int) -> list[Prompt]:

@@ -23,8 +23,10 @@ class TaskNumbers:
     """Tokens that the model could read."""
     num_fewshot: Mapping[str, int]
     """Task -> examples before each question."""
+    versions: Mapping[str, Any]
+    """Task or group -> its version: numbers of different ones are not to be compared."""
     harness: str
-    """Its version."""
+    """The version of lm-evaluation-harness."""
 
     def metrics(self) -> dict[str, float]:
         """For a tracker: `arc_challenge_acc_norm`, and of groups their own numbers alone."""
