@@ -75,13 +75,13 @@ def run_eval(config: Config) -> None:
             pool, _ = start_opponent(config, saved, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
             pool.release.remote(Version(0))
             say(proof.line(_sampler_beside_transformers(pool, prompts or tasks.examples(FIRST_ROWS), saved, hardware, logs)))
-            found: dict[str, Any] = {"model": facts.adapter or facts.path}
+            found: dict[str, Any] = {}
             if prompts:
                 metrics, _ = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
-                found |= {"num_prompts": len(prompts), "rows": counts, **metrics}
+                found = {"num_prompts": len(prompts), "rows": counts, **metrics}
             if tasks:
                 found |= tasks.evaluate(pool, Version(0)).as_json()
-        print(json.dumps(found), file=to_user)
+        print(json.dumps({"model": facts.adapter or facts.path, **found}), file=to_user)
 
 
 def _heldout(config: Config, facts: ModelFacts, proof: Proof) -> tuple[Sequence[Prompt], Mapping[str, int]]:
