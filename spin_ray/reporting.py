@@ -133,12 +133,19 @@ class Reporting:
 
     def row(self, version: int, metrics: Mapping[str, float], trained: Mapping[str, Any]) -> None:
         """A version's line of the run's table; `trained`: what `trained` returned of the iteration that made it."""
-        name = f"theta_{version}" if version or not self._from_sft else "SFT"
-        self.terminal.row({"model": name, **metrics, **trained}, self._trained_columns)
+        self.terminal.row({"model": self._name(version), **metrics, **trained}, self._trained_columns)
         if self._pages:
             self._pages.stands(version)
             self.tracker.table("answers", *self._pages.answers())
             self.tracker.model(version, *self._pages.model(version), metrics)
+
+    def tasks(self, version: int, metrics: Mapping[str, float], text: str) -> None:
+        """A version's numbers on `eval.tasks`."""
+        self.tracker.log("tasks", metrics, opponent_version=version)
+        self.terminal.say(f"{self._name(version)}: {text}")
+
+    def _name(self, version: int) -> str:
+        return f"theta_{version}" if version or not self._from_sft else "SFT"
 
     def play_begins(self, t: int) -> None:
         """Iteration t is released, or its first block turns out to be on disk already; only the first call counts."""

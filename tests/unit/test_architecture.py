@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "spin_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 VENDORS = {
-    "vllm": ("sampler/", "transport/", "bench/script_way.py"), "deepspeed": ("learner/",), "peft": ("learner/adapter.py", "bench/contestants.py"), "bitsandbytes": ("learner/quantized.py",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",),
+    "vllm": ("sampler/", "transport/", "bench/script_way.py"), "deepspeed": ("learner/",), "peft": ("learner/adapter.py", "bench/contestants.py"), "bitsandbytes": ("learner/quantized.py",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",), "lm_eval": ("tasks/",),
 }
 
 
@@ -37,7 +37,7 @@ LAYERS = [
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
      "places.py", "address.py", "turns.py", "room.py", "scaling.py", "provenance.py"),
     ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("transport/",), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
-    ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",),
+    ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",), ("tasks/",),
     ("card.py", "look/__init__.py", "look/report/"), ("pages.py",), ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
     ("selfplay.py",), ("demo/tasks.py",), ("study/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),
 ]
