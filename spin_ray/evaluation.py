@@ -216,8 +216,8 @@ class Evaluations:
 
     def _on_tasks(self, version: int) -> None:
         numbers = self._tasks.evaluate(self._pool, Version(version))
-        self._reporting.tasks(version, numbers.metrics(), numbers.line())
         self._run.mark("tasks", version=version, asked=dataclasses.asdict(self._config.eval), **numbers.as_json())
+        self._reporting.tasks(version, numbers.metrics(), numbers.line())
 
     def _beside_earlier(self, version: int, pairs: Sequence[Pair]) -> tuple[dict[str, float], list[np.ndarray]]:
         """The advantage over theta_{version-1}, how far the version is from that and from theta_0, and what it has gained since; and its

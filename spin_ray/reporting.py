@@ -143,6 +143,8 @@ class Reporting:
         """A version's numbers on `eval.tasks`."""
         self.tracker.log("tasks", metrics, opponent_version=version)
         self.terminal.say(f"{self._name(version)}: {text}")
+        if self._pages:
+            self._pages.stands(version)
 
     def _name(self, version: int) -> str:
         return f"theta_{version}" if version or not self._from_sft else "SFT"
