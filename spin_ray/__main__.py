@@ -35,6 +35,18 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     atexit.register(gc.freeze)  # the interpreter's last collection would walk through all libraries once more
+    args = parsed(argv)
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
+    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "10")  # Ray reads it when it is imported
+    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for none
+        del os.environ["RAY_ADDRESS"]
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
+    return ends_in_one_line("spin-ray", lambda: _work(args), only_prints=args.command in ONLY_PRINT)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """A command line; one that is wrong ends the process with what argparse says."""
     parser = argparse.ArgumentParser(prog="spin-ray", description="Self-play fine-tuning (SPIN) as one Ray job.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
@@ -49,13 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.words += rest
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
-    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "10")  # Ray reads it when it is imported
-    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for none
-        del os.environ["RAY_ADDRESS"]
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
-    return ends_in_one_line("spin-ray", lambda: _work(args), only_prints=args.command in ONLY_PRINT)
+    return args
 
 
 def _work(args: argparse.Namespace) -> int:
@@ -82,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         with without_gc():
             from spin_ray.selfplay import run_method
 
-        run_method(config, origin)
+        run_method(config, origin, quiet=args.quiet)
 
 
 def _config_to_run(args: argparse.Namespace) -> tuple[Config, Origin | None]:
@@ -134,7 +140,7 @@ def _tune(args: argparse.Namespace) -> None:
 def _probe(args: argparse.Namespace) -> None:
     from spin_ray.study.probe import probe
 
-    probe(args.config, args.overrides)
+    probe(args.config, args.overrides, quiet=args.quiet)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -207,15 +213,16 @@ _FROM_MANIFEST = ("--from-manifest", {
 })
 _OVERRIDES = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that replace the file's, such as spin.beta=0.1"})
 _JSON = ("--json", {"action": "store_true", "help": "the same facts as one JSON object on standard output"})
+_QUIET = ("--quiet", {"action": "store_true", "help": "say nothing but how it ends"})
 _SEARCH = ("search", {"help": "YAML file of what to try, for example conf/search/lr_beta.yaml"})
 
 COMMANDS = {
     "run": Command(
         _run, "Train by the config's method, SPIN if it names none: all iterations, or what is left of them.",
-        (_ITS_CONFIG, _OVERRIDES, _FROM_MANIFEST)),
+        (_ITS_CONFIG, _OVERRIDES, _FROM_MANIFEST, _QUIET)),
     "sft": Command(
         _run, "Supervised fine-tuning of a base model on the same data, what SPIN starts from: run with method=sft.",
-        (_CONFIG, _OVERRIDES)),
+        (_CONFIG, _OVERRIDES, _QUIET)),
     "eval": Command(_eval, "Evaluate the model of the config on its held-out data.", (_CONFIG, _OVERRIDES)),
     "config": Command(_config, "Print the resolved config and where each value came from.", (_CONFIG, _OVERRIDES)),
     "show": Command(
@@ -247,7 +254,8 @@ COMMANDS = {
         _tune, "Search over keys of the config, such as learning rate and beta: every trial is a run of its own; the same command goes on.",
         (_CONFIG, _SEARCH, _OVERRIDES)),
     "probe": Command(
-        _probe, "What a run would meet, before it is paid for: short tries over learning rate and beta, in words.", (_CONFIG, _OVERRIDES)),
+        _probe, "What a run would meet, before it is paid for: short tries over learning rate and beta, in words.",
+        (_CONFIG, _OVERRIDES, _QUIET)),
     "report": Command(
         _report, "One page about a run, or about several side by side, a search's folder among them: a file that needs nothing else.",
         (

@@ -92,6 +92,11 @@ class ChatFormat:
         except ValueError as error:
             raise BadInput(f"{name}: the chat template cannot be used: {error}") from error
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens on which transformers' `generate` ends a text: the tokenizer's EOS and those of the generation config."""
+        return self.stop_ids & self._eos
+
     def encode(
         self, prompt: Sequence[Message], answer: str | Message, *, tools: list | None = None, notes: Counter | None = None
     ) -> tuple[list[int], list[int]]:

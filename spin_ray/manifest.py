@@ -25,7 +25,7 @@ from spin_ray.storage import DISK, Disk, open_storage, readable_disk_errors
 _MARKING = threading.Lock()
 """Threads of one process mark stages side by side; `RunDir.locked` keeps other processes out."""
 _APPENDED = ("metrics.jsonl", "timeline.jsonl")
-_DRAWN = ("timeline.png", "report.html", "table.txt", "wandb_id", "wandb", "logs")
+_DRAWN = ("timeline.png", "wandb_id", "wandb", "logs")
 """What the driver's own disk collects; an object store gets it every UPLOAD_S and at the end."""
 UPLOAD_S = 60.0
 CARD = "README.md"

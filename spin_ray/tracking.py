@@ -75,7 +75,7 @@ class Tracker:
             raise BadInput(f"Weights & Biases: {in_one_line(error)}; {_REMEDY}") from error
         self._wandb.define_metric("train/global_step")
         self._wandb.define_metric("train/*", step_metric="train/global_step")
-        for group in ("iteration", "eval", "audit", "sync", "sampler"):
+        for group in ("iteration", "eval", "tasks", "audit", "sync", "sampler"):
             self._wandb.define_metric(f"{group}/*", step_metric="opponent_version")
 
     def log(self, group: str, metrics: Mapping[str, Any], **stamp: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from spin_ray.bench.common import print_result, told_by_process
 from spin_ray.bench.rows import WRITERS
 from spin_ray.bench.scale import play_prepared
-from spin_ray.bench.slope import processes
+from spin_ray.bench.slope import memory
 from spin_ray.chatter import captured_output
 from spin_ray.config import load_config
 from spin_ray.manifest import RunDir
@@ -75,6 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             prepared = prepare(config, run, facts, Proof(), Terminal(sys.stderr))
             watch.prepared()
             with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False), suppress(KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
                 watch.end_with_first_step = options.only_first_step
                 play_prepared(config, run, facts, prepared, PROMPTS_PER_S, [PAIRS_PER_S] * options.iterations)
         return watch.found()
@@ -122,7 +123,7 @@ class Watch:
 
     def _look(self) -> None:
         stage = self._highest.setdefault(self._stage, {})
-        for name, value in processes().items():
+        for name, value in memory().items():
             stage[name] = max(stage.get(name, 0.0), round(value / 2**20, 1))
 
     def _stepped(self) -> bool:

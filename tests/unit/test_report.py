@@ -102,6 +102,15 @@ def test_a_search_has_a_map(browser, tmp_path):
     assert path == tmp_path / "report.html"
 
 
+def test_benchmarks_are_shown_where_versions_were_asked(browser, tmp_path):
+    run = made_run(tmp_path)
+    for version in range(3):
+        run.mark("tasks", version=version, asked={}, heads=["arc<b>"], tasks={"arc<b>": {"acc_norm": 0.3 + version / 10, "acc_norm_se": 0.01, "num_docs": 9}, "one": {"acc": 1}})
+    page, bad = opened(browser, report([str(run.path)]))
+    assert bad == [] and "0.5 ± 0.01" in page.locator("#benchmarks").inner_text() and page.locator("#benchmarks circle").count() == 3
+    assert "num_docs" not in page.locator("#benchmarks").inner_text()
+
+
 def test_several_runs_go_where_they_are_asked_to(tmp_path):
     runs = [str(made_run(tmp_path, name, f"spin.lr={lr}").path) for name, lr in (("one", 1e-4), ("two", 3e-4))]
     path = report(runs, str(tmp_path / "both.html"))

@@ -66,6 +66,30 @@ def _over_versions(story: Story, name: str) -> Line:
     return Line(story.name, list(those), ys, errors if len(errors) == len(ys) else (), [story.version_name(v) for v in those])
 
 
+def benchmarks(stories: Sequence[Story]) -> str:
+    """What versions got on benchmarks that everybody knows; nothing where none was asked."""
+    asked = list(dict.fromkeys(
+        (task, name) for story in stories for numbers in story.tasks.values() for task, metrics in numbers.items() for name in metrics
+        if not name.endswith("_se") and name != "num_docs"
+    ))
+    if not asked:
+        return ""
+    charts = [chart(f"{task}: {name}", [_of_task(story, task, name) for story in stories], "version of the model", marks=True)
+              for task, name in asked]
+    rows = [
+        [*([story.name] if len(stories) > 1 else []), story.version_name(v), *(_with_error(numbers.get(t, {}), n) for t, n in asked)]
+        for story in stories for v, numbers in story.tasks.items()
+    ]
+    names = [*(["run"] if len(stories) > 1 else []), "version", *(f"{task} {name}" for task, name in asked)]
+    return section("benchmarks", "Benchmarks", f'<div class="charts">{"".join(charts)}</div>' + table(names, rows))
+
+
+def _of_task(story: Story, task: str, name: str) -> Line:
+    those = {v: numbers[task] for v, numbers in story.tasks.items() if name in numbers.get(task, {})}
+    errors = [metrics[f"{name}_se"] for metrics in those.values() if f"{name}_se" in metrics]
+    return Line(story.name, list(those), [metrics[name] for metrics in those.values()], errors if len(errors) == len(those) else ())
+
+
 def _with_error(metrics: dict[str, float], name: str) -> str:
     if name not in metrics:
         return "–"

@@ -81,6 +81,12 @@ class Story:
         return dict(sorted(self.run.evaluations().items()))
 
     @cached_property
+    def tasks(self) -> dict[int, dict[str, dict[str, float]]]:
+        """Version -> benchmark or group of them -> its metrics, as the version was asked last."""
+        found = {mark["version"]: {head: mark["tasks"][head] for head in mark["heads"]} for mark in self.run.marks("tasks")}
+        return dict(sorted(found.items()))
+
+    @cached_property
     def iterations(self) -> list[dict[str, Any]]:
         """Marks of those that have ended."""
         return self.run.marks("iteration")
