@@ -89,6 +89,7 @@ def test_a_doctor_s_full_visit(tmp_path):
     assert "demo/sft" in found["model"]["what"] and "kept 64" in found["data"]["what"] and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_doctor_of_a_cluster(tmp_path):
     """The nodes of RAY_ADDRESS, and a head that is gone."""
     log = tmp_path / "head.log"
