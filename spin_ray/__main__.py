@@ -65,9 +65,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _work(args: argparse.Namespace) -> int:
-    if args.command != "config":
+    if args.command not in ("config", "doctor"):  # doctor looks itself
         stand_in_for_home()
-        if os.environ.get("RAY_ADDRESS", "auto") not in ("auto", ""):
+        if args.command not in ("chat", "show") and os.environ.get("RAY_ADDRESS", "auto") not in ("auto", ""):
             check_ray_address(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
     code = COMMANDS[args.command].work(args)
     sys.stdout.flush()  # an error comes here, not at the interpreter's end
@@ -156,6 +156,27 @@ def _study(args: argparse.Namespace) -> None:
     run_study(args.words, Path(args.out), Size(args.seeds, args.concurrent))
 
 
+def _chat(args: argparse.Namespace) -> None:
+    from spin_ray.look.chat import chat
+
+    chat(
+        args.run, iteration=args.iteration, compare=args.compare, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        system=args.system, seed=args.seed,
+    )
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from spin_ray.look.doctor import doctor
+
+    return doctor(args.words, as_json=args.json)
+
+
+def _show(args: argparse.Namespace) -> None:
+    from spin_ray.look.show import show
+
+    show(args.run, args.key, follow=args.follow, as_json=args.json)
+
+
 def _bench(args: argparse.Namespace) -> int:
     return importlib.import_module(f"spin_ray.bench.{args.name}").main(args.options)
 
@@ -192,6 +213,7 @@ _FROM_MANIFEST = ("--from-manifest", {
 })
 _OVERRIDES = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that replace the file's, such as spin.beta=0.1"})
 _QUIET = ("--quiet", {"action": "store_true", "help": "say nothing but how it ends"})
+_JSON = ("--json", {"action": "store_true", "help": "the same facts as one JSON object on standard output"})
 _SEARCH = ("search", {"help": "YAML file of what to try, for example conf/search/lr_beta.yaml"})
 
 COMMANDS = {
@@ -203,6 +225,31 @@ COMMANDS = {
         (_CONFIG, _OVERRIDES, _QUIET)),
     "eval": Command(_eval, "Evaluate the model of the config on its held-out data.", (_CONFIG, _OVERRIDES)),
     "config": Command(_config, "Print the resolved config and where each value came from.", (_CONFIG, _OVERRIDES)),
+    "show": Command(
+        _show, "What a run is doing or how it ended, from its folder or URL, on any machine; it is not disturbed.",
+        (
+            ("run", {"metavar": "RUN|URL", "help": "a run's folder, such as runs/demo, or its URL; or a search's or a study's folder"}),
+            ("key", {"nargs": "?", "default": "", "help": "print this fact alone, such as state, best or progress.left_s"}),
+            ("--follow", {"action": "store_true", "help": "look again every few seconds until the run has ended"}),
+            _JSON,
+        )),
+    "doctor": Command(
+        _doctor, "Is this machine, or the cluster in RAY_ADDRESS, ready for a run; with a config, for this one. Exit code 1 if not.",
+        (
+            ("words", {"nargs": "*", "metavar": "CONFIG|key=value", "help": "YAML file of a run, and settings that replace the file's"}),
+            _JSON,
+        )),
+    "chat": Command(
+        _chat, "Talk to a run's model in the terminal, by plain transformers; lines from a pipe are answered one by one.",
+        (
+            ("run", {"metavar": "RUN", "help": "a run's folder, such as runs/demo, or its URL; or any model's folder"}),
+            ("--iteration", {"type": int, "metavar": "k", "help": "theta_k; 0: where it began (default: the best, else the last one)"}),
+            ("--compare", {"action": "store_true", "help": "theta_0's answers beside the other one's"}),
+            ("--max-new-tokens", {"type": int, "default": 512, "metavar": "n", "help": "longest answer, in tokens (default 512)"}),
+            ("--temperature", {"type": float, "default": 0.0, "metavar": "t", "help": "0 (default): greedy; 1: as the model is"}),
+            ("--system", {"default": "", "metavar": "text", "help": "system text"}),
+            ("--seed", {"type": int, "metavar": "n", "help": "draw the same answers each time"}),
+        )),
     "tune": Command(
         _tune, "Search over keys of the config, such as learning rate and beta: every trial is a run of its own; the same command goes on.",
         (_CONFIG, _SEARCH, _OVERRIDES)),
@@ -231,7 +278,7 @@ COMMANDS = {
         )),
 }
 
-ONLY_PRINT = ("config",)
+ONLY_PRINT = ("config", "show")
 """Commands that are done when nobody reads on."""
 
 

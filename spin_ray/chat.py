@@ -129,6 +129,10 @@ class ChatFormat:
                 notes.update(sorted(found))
         return made
 
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a dialogue up to the generation prompt, for a model that is to answer it. Raises ValueError as `encode` does."""
+        return self.encode(messages, self.template.probe.answer)[0]
+
     def decode(self, answer_ids: Sequence[int]) -> str:
         """The text of an answer, for people and for exact match; never fed back to a model."""
         words = [int(i) for i in answer_ids if int(i) not in self._stops]  # not all tokens that end an answer are special

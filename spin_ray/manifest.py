@@ -115,6 +115,11 @@ class RunDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    @property
+    def said(self) -> Path:
+        """Every line that the user was told, with its time (UTC)."""
+        return self.logs / "said.log"
+
     def prompts(self, block: int) -> Path:
         return self.prepared() / f"block_{block:05d}.parquet"
 

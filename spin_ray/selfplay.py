@@ -32,6 +32,7 @@ from spin_ray.config import Config
 from spin_ray.errors import Diverged, Enough, WeightsLost
 from spin_ray.evaluation import tasks_of
 from spin_ray.exchange.audit import Audit, AuditError
+from spin_ray.exits import why_it_ends
 from spin_ray.guard import FirstLosses, Rollbacks
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base
@@ -64,8 +65,13 @@ if TYPE_CHECKING:
 def run_method(config: Config, origin: Origin | None = None, *, quiet: bool = False) -> None:
     """All iterations of a run, going on where an earlier one stopped; returns when the run is finished. `origin`: what it is to repeat."""
     run = RunDir.open(config)
-    with run.locked(), captured_output(run.logs / "driver.log") as to_user, Terminal(to_user, quiet=quiet) as terminal:
-        _run(config, run, terminal, origin)
+    with run.locked(), captured_output(run.logs / "driver.log") as to_user, Terminal(to_user, run.said, quiet=quiet) as terminal:
+        try:
+            _run(config, run, terminal, origin)
+        except BaseException as error:
+            if why := why_it_ends(error):
+                terminal.keep(f"spin-ray: {why}")  # it is said when all is shut down
+            raise
 
 
 def _run(config: Config, run: RunDir, terminal: Terminal, origin: Origin | None) -> None:
