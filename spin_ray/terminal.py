@@ -60,13 +60,12 @@ class Terminal:
         self._live.stop()
 
     def say(self, text: str) -> None:
-        if not self._quiet:
-            self._print(text)
+        self._print(text)
         self.keep(text)
 
     def conclude(self, text: str) -> None:
         """How it ends: what even a quiet command says."""
-        self._print(text)
+        self._print(text, always=True)
         self.keep(text)
 
     def keep(self, text: str) -> None:
@@ -76,9 +75,10 @@ class Terminal:
             with suppress(OSError), self._kept.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}  {text}\n")
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, *, always: bool = False) -> None:
         self._said = time.monotonic()
-        self._console.print(text, markup=False, soft_wrap=True)
+        if always or not self._quiet:
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def status(self, text: str) -> None:
         """What is being done besides what the players do; the next one takes its place, and an empty one removes it."""
@@ -93,7 +93,7 @@ class Terminal:
         now = time.monotonic()
         self._live.update(self._tasks[player], completed=done, total=total, text=text, visible=True)
         self._news[player] = text, now
-        if self._live.disable and not self._quiet and now - self._printed[player] >= PLAIN_EVERY_S:
+        if self._live.disable and now - self._printed[player] >= PLAIN_EVERY_S:
             self._printed[player] = now
             self._print(f"{player:<12} {text}")
 
