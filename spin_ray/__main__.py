@@ -212,8 +212,8 @@ _FROM_MANIFEST = ("--from-manifest", {
     "metavar": "FILE", "help": "repeat the run that wrote this manifest.jsonl, in place of a config: the same settings, model and data",
 })
 _OVERRIDES = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that replace the file's, such as spin.beta=0.1"})
-_QUIET = ("--quiet", {"action": "store_true", "help": "say nothing but how it ends"})
 _JSON = ("--json", {"action": "store_true", "help": "the same facts as one JSON object on standard output"})
+_QUIET = ("--quiet", {"action": "store_true", "help": "say nothing but how it ends"})
 _SEARCH = ("search", {"help": "YAML file of what to try, for example conf/search/lr_beta.yaml"})
 
 COMMANDS = {

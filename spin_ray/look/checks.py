@@ -76,28 +76,28 @@ class Line:
 
 def carried_out(check: Check, subject: Subject) -> list[Line]:
     """The check's findings, whatever happens in it."""
-    begun = time.monotonic()
+    begun, found = time.monotonic(), []
     try:
-        found = _apart(check, subject) if check.apart else _beside(check, subject)
+        (_apart if check.apart else _beside)(check, subject, found)
     except TimeoutError:
-        found = [Found(ERROR, f"no answer within {check.limit_s:g} s")]
+        found = [*found, Found(ERROR, f"no answer within {check.limit_s:g} s")]
     except BadInput as error:
-        found = [Found(ERROR, str(error))]
+        found.append(Found(ERROR, str(error)))
     except Exception as error:  # a check that fails is a finding; the next one must still be made
-        found = [Found(ERROR, f"{type(error).__name__}: {in_one_line(error)}")]
+        found.append(Found(ERROR, f"{type(error).__name__}: {in_one_line(error)}"))
     seconds = time.monotonic() - begun
     return [Line(check.name, one.state, one.what, "" if one.state == OK else one.remedy or check.remedy, seconds) for one in found]
 
 
-def _beside(check: Check, subject: Subject) -> list[Found]:
-    """In a thread; one that hangs is left behind."""
-    future = in_background(lambda: list(check.work(subject)))
+def _beside(check: Check, subject: Subject, found: list[Found]) -> None:
+    """In a thread, which adds to `found`; one that hangs is left behind."""
+    future = in_background(lambda: found.extend(check.work(subject)))
     if not wait([future], timeout=check.limit_s).done:
         raise TimeoutError
-    return future.result()
+    future.result()
 
 
-def _apart(check: Check, subject: Subject) -> list[Found]:
+def _apart(check: Check, subject: Subject, found: list[Found]) -> None:
     """In a process of its own, which is ended with all that it started when its time is over."""
     answer, log = subject.folder / f"{check.name}.json", subject.folder / f"{check.name}.log"
     words = [*APART, check.name, str(answer), str(subject.folder), *subject.words]
@@ -112,7 +112,7 @@ def _apart(check: Check, subject: Subject) -> list[Found]:
             process.wait()
     if not answer.exists():
         raise RuntimeError(f"its process ended with code {process.returncode} and said: {_last_line(log)}")
-    return [Found(**one) for one in json.loads(answer.read_text())]
+    found += [Found(**one) for one in json.loads(answer.read_text())]
 
 
 def write_answer(path: Path, found: Iterable[Found]) -> None:

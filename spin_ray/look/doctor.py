@@ -31,6 +31,7 @@ CHECKS = (
     Check("gpus", machine.gpus, "mend the driver: nvidia-smi must work", limit_s=60),
     Check("memory", machine.memory, "take a larger machine: vLLM and DeepSpeed load 4 GiB of libraries for each process"),
     Check("disk", machine.disks, _LARGER_DISK),
+    Check("store", machine.store, "mend the address in run.dir, or the environment's credentials for it", limit_s=60),
     Check("/dev/shm", machine.shared_memory, "in a container: docker run --shm-size=8g, or a memory-backed volume at /dev/shm"),
     Check("compiler", machine.compiler, "install a C++ compiler: apt-get install g++"),
     Check("ports", machine.ports, "for a head on this machine choose others: ray start --head --port=... --dashboard-port=..."),

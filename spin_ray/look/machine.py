@@ -17,6 +17,7 @@ from spin_ray.address import check_ray_address
 from spin_ray.errors import BadInput
 from spin_ray.look.checks import ERROR, OK, WARNING, Found, Subject
 from spin_ray.places import can_write, stand_in_for_home
+from spin_ray.storage import open_storage
 
 GIB = 2**30
 LITTLE_MEMORY_GIB, LITTLE_DISK_GIB, NO_DISK_GIB, LITTLE_SHM_GIB = 8.0, 20.0, 2.0, 2.0
@@ -83,6 +84,15 @@ def disks(subject: Subject) -> Iterator[Found]:
         yield Found(state, f"{name}: {free:,.1f} GiB free at {place}")
         if not os.access(place, os.W_OK):
             yield Found(ERROR, f"{name}: {place} cannot be written", f"give another {key}, or mend that one")
+
+
+def store(subject: Subject) -> Iterator[Found]:
+    """The object store that a run's files go to; nothing where they go to a disk."""
+    config = subject.config
+    if config.on_object_store:
+        storage = open_storage(config)
+        there = storage.exists(config.run_path / "config.json")
+        yield Found(OK, f"{storage.name(config.run_path)}: the store answers, and {'a' if there else 'no'} run is there")
 
 
 def nearest(folder: Path) -> Path:

@@ -51,7 +51,8 @@ def raises(error):
     (raises(OSError(5, "Input/output error")), "OSError: [Errno 5] Input/output error"),
 ])
 def test_a_check_that_fails_is_a_finding(tmp_path, work, what):
-    [line] = carried_out(Check("x", work, "mend it", limit_s=0.3), subject(tmp_path))
+    *before, line = carried_out(Check("x", work, "mend it", limit_s=0.3), subject(tmp_path))
+    assert [one.what for one in before] == (["begun"] if "no answer" not in what else [])
     assert (line.check, line.state, line.what, line.remedy) == ("x", ERROR, what, "mend it")
 
 
@@ -210,6 +211,15 @@ def test_disks(tmp_path, monkeypatch, free_gib, state):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(200 * machine.GIB, 0, int(free_gib * machine.GIB)))
     found = list(machine.disks(subject(tmp_path, DEMO, f"run.dir={tmp_path}/not/yet")))
     assert [one.state for one in found] == [state, state] and f"free at {tmp_path}" in found[0].what and not (tmp_path / "not").exists()
+
+
+def test_an_object_store_is_asked(tmp_path, object_store):
+    url = object_store % "doctor"
+    [found] = carried_out(Check("store", machine.store, "x", limit_s=60), subject(tmp_path, DEMO, f"run.dir={url}", f"run.scratch={tmp_path}"))
+    assert found.state == OK and found.what == f"{url.partition('?')[0]}/demo: the store answers, and no run is there"
+    [lost] = carried_out(Check("store", machine.store, "x", limit_s=60), subject(tmp_path, DEMO, f"run.dir={url.replace('//bucket', '//lost')}"))
+    assert lost.state in (OK, ERROR) and "lost" in lost.what
+    assert list(machine.store(subject(tmp_path, DEMO))) == []
 
 
 @pytest.mark.parametrize("answer, state, word", [(None, OK, "free"), (b"HTTP/1.1 400 Bad Request", WARNING, "something else"), (b"\0\0\0\4\0\0\0\0\0", OK, "a Ray")])
