@@ -29,7 +29,7 @@ def spin_ray(*words, **options):
 def test_doctor_plan_probe_run_show_report_chat_eval(runs):
     keys = [f"run.dir={runs}", *SHORT]
     found = json.loads(spin_ray("doctor", "conf/demo.yaml", f"run.dir={runs}", "--json").stdout)
-    assert not [one for one in found["checks"] if one["status"] == "error"] and not list(runs.iterdir())
+    assert not [one for one in found["checks"] if one["state"] == "error"] and not list(runs.iterdir())
     plan = spin_ray("plan", "conf/demo.yaml", *keys).stdout
     assert "GiB" in plan and not list(runs.iterdir())
     probe = spin_ray("probe", "conf/demo.yaml", *keys).stdout
