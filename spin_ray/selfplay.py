@@ -181,6 +181,7 @@ class SelfPlay:
             self._learner.when_failed(self._end_with_the_learner)
             self._iterations()
             self._threads.finish()
+            self._run.mark("finished")
         except Exception as error:
             original = self._threads.original(error)
             if isinstance(original, Enough):
@@ -193,7 +194,6 @@ class SelfPlay:
             with suppress(ray.exceptions.RayError):  # a pool that has died must not hide why the run ends
                 self._reporting.spans(self._opponent.spans())
             self._reporting.ends()
-        self._run.mark("finished")
 
     def _iterations(self) -> None:
         opponent, asked = self._opponent, self._ask_for(self._first)

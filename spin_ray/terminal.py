@@ -36,8 +36,8 @@ class Terminal:
 
     def __init__(self, file: TextIO, kept: Path | None = None, *, quiet: bool = False) -> None:
         """`kept`: a file that gets every line that is said, with its time, for those who look at the run later."""
-        self._kept = kept
-        self._console, self._quiet = Console(file=file, highlight=False, emoji=False), quiet
+        self._kept, self._quiet = kept, quiet
+        self._console = Console(file=file, highlight=False, emoji=False)
         columns = TextColumn("{task.description:<12}"), BarColumn(24), TextColumn("{task.fields[text]}", markup=False), TimeElapsedColumn()
         self._live = Progress(*columns, console=self._console, transient=True, disable=quiet or not self._console.is_terminal)
         self._doing = self._live.add_task("", total=None, text="", visible=False)
@@ -65,7 +65,7 @@ class Terminal:
 
     def conclude(self, text: str) -> None:
         """How it ends: what even a quiet command says."""
-        self._print(text, even_if_quiet=True)
+        self._print(text, always=True)
         self.keep(text)
 
     def keep(self, text: str) -> None:
@@ -75,9 +75,9 @@ class Terminal:
             with suppress(OSError), self._kept.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}  {text}\n")
 
-    def _print(self, text: str, *, even_if_quiet: bool = False) -> None:
-        if even_if_quiet or not self._quiet:
-            self._said = time.monotonic()
+    def _print(self, text: str, *, always: bool = False) -> None:
+        self._said = time.monotonic()
+        if always or not self._quiet:
             self._console.print(text, markup=False, soft_wrap=True)
 
     def status(self, text: str) -> None:

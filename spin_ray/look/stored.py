@@ -57,8 +57,8 @@ class Stored:
     def metrics(self) -> list[dict[str, Any]]:
         return list(whole_lines(self.read("metrics.jsonl")))
 
-    def marks(self, stage: str) -> list[dict[str, Any]]:
-        return [entry for entry in self.entries if entry.get("stage") == stage]
+    def marks(self, *stages: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if entry.get("stage") in stages]
 
     def read(self, name: str) -> bytes:
         return self.run.storage.read(self.run.path / name)

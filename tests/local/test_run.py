@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spin_ray.heldout import OF_BEFORE
 from spin_ray.records import PAIR_SCHEMA, Pair, from_table
 from spin_ray.timeline import read_spans
 
@@ -187,7 +188,7 @@ def test_every_metric_is_in_the_docs(finished):
 
 def test_the_held_out_advantage_is_what_the_answers_on_disk_and_the_models_give(finished):
     """Of theta_1 over theta_0, by transformers: r(y) - r(y') from the two exported models."""
-    pairs = from_table(pq.read_table(finished / "heldout/theta_000.parquet").cast(PAIR_SCHEMA), Pair)
+    pairs = from_table(pq.read_table(finished / "heldout/theta_000.parquet").select(PAIR_SCHEMA.names).cast(PAIR_SCHEMA), Pair)
     lm = AutoModelForCausalLM.from_pretrained(finished / "iter_000/model", dtype=torch.float32)
 
     def logp(pair, answer):
@@ -199,6 +200,8 @@ def test_the_held_out_advantage_is_what_the_answers_on_disk_and_the_models_give(
         gained = np.array([
             logp(p, p.real_ids) - p.opponent_real_logps.sum() - logp(p, p.generated_ids) + p.opponent_generated_logps.sum() for p in pairs
         ])
+        kept = pq.read_table(finished / "heldout/theta_001.parquet").column(OF_BEFORE).to_pylist()
+        assert [sum(row) for row in kept] == pytest.approx([logp(p, p.generated_ids) for p in pairs], abs=1e-3)
     same = np.array([np.array_equal(p.real_ids, p.generated_ids) for p in pairs])
     assert len(pairs) == 24 and metrics(finished, "eval/advantage_nats")[0] == pytest.approx(gained.mean(), abs=1e-3)
     assert metrics(finished, "eval/advantage_accuracy")[0] == pytest.approx(np.where(same, 0.5, gained > 0).mean(), abs=1e-6)

@@ -38,7 +38,7 @@ LAYERS = [
      "places.py", "address.py", "turns.py", "room.py", "scaling.py", "provenance.py"),
     ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("transport/",), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
     ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",), ("tasks/",),
-    ("card.py", "look/__init__.py", "look/report/"), ("pages.py",), ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
+    ("card.py", "look/__init__.py", "look/stored.py", "look/report/"), ("pages.py",), ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
     ("selfplay.py",), ("demo/tasks.py",), ("study/",),
     ("look/",),
     ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),

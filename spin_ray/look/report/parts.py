@@ -46,7 +46,7 @@ def versions(story: Story) -> str:
         return section("versions", "Versions", "<p>Nothing was measured on held-out data: data.eval is not set, or nothing is ready.</p>")
     names = list(dict.fromkeys(name for metrics in found.values() for name in metrics if not name.endswith("_se")))
     rows = [[story.version_name(v), *(_with_error(metrics, name) for name in names)] for v, metrics in found.items()]
-    best = story.run.best()
+    best = story.best
     text = f"<p>Best by its held-out numbers: <code>{escape(best)}</code></p>" if best else ""
     return section("versions", "Versions", held_out_charts([story]) + table(["version", *names], rows) + text)
 
@@ -153,7 +153,7 @@ def made_of(story: Story) -> str:
              "revision of spin_ray": session.get("revision") or "–"}
     hardware = session.get("hardware", {})
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(session["started"])) if "started" in session else "–"
-    what = {**hardware, "sessions": len(story.run.marks("session")), "last one started": started}
+    what = {**hardware, "sessions": len(story.marks("session")), "last one started": started}
     return (
         section("settings", "Settings that are not the defaults", changed)
         + section("provenance", "What it was made from", table(["of", "what", "SHA-256"], _inputs(story)))
@@ -163,7 +163,7 @@ def made_of(story: Story) -> str:
 
 
 def _inputs(story: Story) -> list[list[str]]:
-    prepared, first = ((story.run.marks(stage) or [{}])[-1] for stage in ("prepared", "theta_0"))
+    prepared, first = ((story.marks(stage) or [{}])[-1] for stage in ("prepared", "theta_0"))
     count = (prepared.get("lengths") or {}).get("num_prompts", "–")
     rows = [
         ["prompts", f"{story.config.get('data.train')}: {count} prompts", prepared.get("sha256", "–")],

@@ -46,7 +46,7 @@ def _by_training(story: Story) -> str:
 
 
 def more_to_gain(story: Story) -> str:
-    stopped = story.run.marks("stopped", "diverged", "extended")
+    stopped = story.marks("stopped", "diverged", "extended")
     if stopped and stopped[-1]["stage"] != "extended":
         return f"The run ended because {stopped[-1]['reason'].rstrip('.')}."
     last = max(story.evaluations, default=0)
