@@ -155,7 +155,7 @@ class Tracker:
 
     def _artifact_name(self, version: int) -> str:
         """All versions that a run makes are versions of one artifact; its theta_0 is another."""
-        return re.sub(r"[^\w.-]", "-", f"{self._config.run.name}-{'model' if version else 'theta_0'}")
+        return f"{re.sub(r'[^a-zA-Z0-9_.-]', '-', self._config.run.name)[:100]}-{'model' if version else 'theta_0'}"
 
     def file(self, path: Path) -> None:
         """A file as it is, to W&B only; a later one of its name takes its place."""
