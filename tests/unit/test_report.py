@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from made_runs import made_run, tokenizer
 
 from spin_ray.errors import BadInput
+from spin_ray.look.report import compare
 from spin_ray.look.report import costs as cost_table
 from spin_ray.look.report.figures import Line, chart, thinned, ticks
 from spin_ray.look.report.samples import Pieces, samples_of
@@ -154,6 +156,84 @@ def test_the_verdict_believes_what_exceeds_two_standard_errors(tmp_path, change,
     assert said in better(story) and f"{change:+.3f}" in better(story)
     story.evaluations[1] |= {"advantage_accuracy": 0.51, "advantage_accuracy_se": 0.02}
     assert "little left" in more_to_gain(story)
+
+
+STANDS, TOLD = {"exact_match_t1_share": 0.5, "real_nll_nats_per_token": 1.0}, "advantage_accuracy"
+
+
+def evaluated(tmp_path, *versions, **options):
+    """A run whose theta_0 has STANDS, and the others what is given."""
+    story = Story(Stored(made_run(tmp_path, versions=1 + len(versions), **options)))
+    story.evaluations.clear()
+    story.evaluations.update({0: STANDS, **{k + 1: {**STANDS, **metrics} for k, metrics in enumerate(versions)}})
+    return story
+
+
+def test_of_many_equal_versions_hardly_ever_one_is_called_better(tmp_path):
+    """The best is picked among so many draws; by two errors alone one run in three of 20 equal versions would look better."""
+    import numpy as np
+
+    rng, error, called = np.random.default_rng(0), 0.01, 0
+    story = evaluated(tmp_path, *[{}] * 20)
+    for _ in range(400):
+        for version in range(1, 21):
+            gain = error * rng.standard_normal()
+            story.evaluations[version] = {"exact_match_t1_share": 0.5 + gain, "exact_match_t1_change_share_se": error}
+        called += "is better than" in better(story)
+    assert called / 400 < 0.05
+
+
+@pytest.mark.parametrize("name", ["exact_match_t1_share", "real_nll_nats_per_token"])
+@given(value=st.sampled_from([math.nan, math.inf, -math.inf, None, 0.4, 0.6]), error=st.sampled_from([math.nan, math.inf, None, 0.0, 0.5]))
+@settings(deadline=None, max_examples=40)
+def test_no_number_makes_no_claim(name, value, error):
+    """Better or worse is said of finite numbers with finite errors alone; where no error is known, that is said."""
+    story = SimpleNamespace(iterations=[{"iteration": 0}], first_name="SFT", config={"data.eval": "x"}, series=lambda *_: ([], []))
+    change = "exact_match_t1_change_share" if "match" in name else "real_nll_change_nats_per_token"
+    story.evaluations = {0: {name: 0.5}, 1: {key: given for key, given in ((name, value), (f"{change}_se", error)) if given is not None}}
+    said = better(story)
+    if value is None or not math.isfinite(value):
+        assert "no number on held-out data" in said
+    elif error is None:
+        assert "looks" in said and "error is not known" in said
+    else:
+        assert ("is better than" in said or "is worse than" in said) == (error == 0.0)
+        assert "is better than" not in said or (value > 0.5) == ("match" in name)
+
+
+@pytest.mark.parametrize(("accuracy", "error", "more", "said"), [
+    (0.7, 0.02, {}, "has something to learn from"), (0.7, 0.17, {}, "so few prompts do not say"), (0.3, 0.02, {}, "prefers the answers that it was to avoid"),
+    (0.51, 0.02, {}, "little left"), (0.9, 0.02, {"same_as_real_share": 0.95}, "little left"), (math.nan, math.nan, {}, "cannot be said"), (0.5, math.inf, {}, "do not say"),
+])
+def test_whether_there_is_more_to_gain_is_said_where_the_numbers_say_it(tmp_path, accuracy, error, more, said):
+    story = evaluated(tmp_path, {TOLD: accuracy, f"{TOLD}_se": error, **more})
+    assert said in more_to_gain(story)
+
+
+def test_a_run_that_went_on_did_not_end_there(tmp_path):
+    run = made_run(tmp_path, finished=False)
+    run.mark("diverged", reason="the loss is nan.")
+    assert more_to_gain(Story(Stored(run))) == "The run ended because the loss is nan." and compare.collapsed(Story(Stored(run)))
+    run.mark("iteration", iteration=2)
+    run.mark("finished")
+    story = Story(Stored(run))
+    assert "ended because" not in more_to_gain(story) and not compare.collapsed(story) and story.state == "finished"
+
+
+def test_numbers_that_are_none_are_warned_of(tmp_path):
+    run = made_run(tmp_path)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"opponent_version": 1, "audit/mean_abs_logp_difference_nats": NaN}\n')
+    story = Story(Stored(run))
+    story.evaluations[2] |= {"real_nll_change_nats_per_token": math.nan}
+    said = warnings(story)
+    assert any("differ by nan" in line for line in said) and any("less likely by nan" in line for line in said)
+
+
+def test_only_theta_0_is_measured_so_far(tmp_path):
+    story = evaluated(tmp_path, {})
+    del story.evaluations[1]
+    assert "no number on held-out data is there yet" in better(story) and "not set" not in better(story)
 
 
 def test_warnings_name_the_metric_and_its_place(tmp_path):

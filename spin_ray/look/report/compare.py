@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -25,7 +26,7 @@ def _metric(stories: Sequence[Story]) -> tuple[str, str, bool] | None:
 
 def best_of(story: Story, name: str, more: bool) -> tuple[int, float] | None:
     """(version, value) of the best version after theta_0."""
-    found = {v: metrics[name] for v, metrics in story.evaluations.items() if v and name in metrics}
+    found = {v: metrics[name] for v, metrics in story.evaluations.items() if v and math.isfinite(metrics.get(name, math.nan))}
     return max(found.items(), key=lambda entry: entry[1] if more else -entry[1], default=None)
 
 
@@ -60,8 +61,8 @@ def search_map(stories: Sequence[Story]) -> str:
 
 
 def collapsed(story: Story) -> bool:
-    """Whether its numbers went bad, or its last version is far worse than its first."""
-    return bool(story.marks("diverged")) or has_collapsed(story.evaluations)
+    """Whether bad numbers have ended it, or its last version is far worse than its first."""
+    return story.has_diverged or has_collapsed(story.evaluations)
 
 
 def differences(stories: Sequence[Story]) -> str:

@@ -65,7 +65,8 @@ class Story:
 
     @cached_property
     def evaluations(self) -> dict[int, dict[str, float]]:
-        return dict(sorted((mark["version"], mark["metrics"]) for mark in self.marks("evaluation")))
+        found = {mark["version"]: mark["metrics"] for mark in self.marks("evaluation")}
+        return dict(sorted(found.items()))
 
     @cached_property
     def tasks(self) -> dict[int, dict[str, dict[str, float]]]:
@@ -100,6 +101,16 @@ class Story:
         return (self.marks("finished", "extended") or [{"stage": ""}])[-1]["stage"] == "finished"
 
     @property
+    def end(self) -> dict[str, Any]:
+        """The mark of what ended it before its time, unless it has gone on since: then another one."""
+        return (self.marks("stopped", "diverged", "extended", "iteration") or [{"stage": ""}])[-1]
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether bad numbers have ended it."""
+        return self.end["stage"] == "diverged"
+
+    @property
     def best(self) -> str:
         """The model that its held-out numbers name; "" where there are none."""
         return self.stored.read("best").decode().strip()
@@ -108,11 +119,10 @@ class Story:
     def state(self) -> str:
         """How it stands, in a few words; whether it is going on at the moment is not said here."""
         done = f"{len(self.iterations)} of {self.num_iterations} iterations"
-        last = (self.marks("stopped", "diverged", "extended", "iteration") or [{"stage": ""}])[-1]
-        if last["stage"] == "diverged":
-            return f"diverged after {done}: {last['reason']}"
+        if self.has_diverged:
+            return f"diverged after {done}: {self.end['reason']}"
         if self.is_finished:
-            return f"finished early after {done}: {last['reason']}" if last["stage"] == "stopped" else "finished"
+            return f"finished early after {done}: {self.end['reason']}" if self.end["stage"] == "stopped" else "finished"
         return f"{done} so far"
 
     def steps(self, name: str) -> tuple[list[float], list[float]]:
