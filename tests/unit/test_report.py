@@ -247,6 +247,71 @@ def test_warnings_name_the_metric_and_its_place(tmp_path):
     assert any("differ by 0.400 nats a token at theta_1" in line for line in said) and any("3 sampler(s)" in line for line in said)
 
 
+def rewritten(run, **config):
+    """With other values, or without a key where None is given, in its config.json."""
+    path = run.path / "config.json"
+    saved = {**json.loads(path.read_text()), **config}
+    path.write_text(json.dumps({key: value for key, value in saved.items() if value is not None}))
+    return run
+
+
+def test_a_run_of_an_earlier_version_has_a_page_and_differs_in_nothing_it_did_not_have(tmp_path):
+    new, old = made_run(tmp_path, "new"), rewritten(made_run(tmp_path, "old"), method=None, eval=None, guard=None)
+    manifest = old.path / "manifest.jsonl"
+    kept = ("prepared", "iteration", "evaluation", "finished")
+    manifest.write_text("".join(line + "\n" for line in manifest.read_text().splitlines() if json.loads(line)["stage"] in kept))
+    report([str(old.path)])
+    assert "All settings are the same" in report([str(new.path), str(old.path)], str(tmp_path / "both.html")).read_text()
+
+
+def test_a_model_s_folder_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(BadInput, match="no run's folder"):
+        report([str(tmp_path)])
+
+
+def test_runs_of_one_name_are_told_apart_and_ordered_by_their_own_numbers(tmp_path):
+    runs = [made_run(tmp_path / folder, "demo", f"spin.lr={lr}", finished=False) for folder, lr in (("a", 1e-4), ("b", 1e-3), ("c", 1e-2))]
+    for run, share in zip(runs, (0.2, 0.9, 0.5), strict=True):
+        run.mark("evaluation", version=2, metrics={"exact_match_t1_share": share, "real_nll_nats_per_token": 1.0})
+        run.mark("evaluation", version=1, metrics={"exact_match_t1_share": 0.1, "real_nll_nats_per_token": 1.0})
+    text = report([str(run.path) for run in runs], str(tmp_path / "all.html")).read_text()
+    rows = text[text.index('id="runs"') : text.index("</section>")]
+    assert re.findall(r"<td>(./demo)</td>", rows) == ["b/demo", "c/demo", "a/demo"]
+
+
+def test_one_run_whose_answers_cannot_be_read_does_not_hide_the_others(tmp_path):
+    good, bad = made_run(tmp_path, "good"), made_run(tmp_path, "bad")
+    rewritten(bad, model={**json.loads((bad.path / "config.json").read_text())["model"], "path": str(tmp_path / "gone")})
+    text = report([str(good.path), str(bad.path)], str(tmp_path / "both.html")).read_text()
+    assert "answers of bad cannot be shown" in text and 'id="samples-data"' in text
+
+
+def test_what_is_no_number_is_still_json(tmp_path):
+    import numpy as np
+
+    pieces = Pieces(as_text(tokenizer()))(np.array(tokenizer()("1 2 3")["input_ids"]), np.array([math.nan, -math.inf, *[0.5] * 20])[: len(tokenizer()("1 2 3")["input_ids"])])
+    json.dumps(pieces, allow_nan=False)
+
+
+def test_opponents_that_were_not_there_did_not_wait(tmp_path):
+    from spin_ray.records import Span
+    from spin_ray.timeline import Timeline
+
+    run = made_run(tmp_path, versions=2)
+    Timeline(run.path).add([
+        *(Span(f"opponent {k}", "play", 0, 0.0, 60.0) for k in range(8)), Span("main player", "train", 0, 20.0, 90.0), Span("main player", "dream", 0, 90.0, 99.0),
+    ])
+    Timeline(run.path).add([Span("opponent 0", "play", 1, 0.0, 100.0), Span("main player", "train", 1, 50.0, 100.0)])
+    assert cost_table.costs(Story(Stored(run)))[-1].opponents["play"] == pytest.approx(1, abs=0.2)
+    report([str(run.path)])  # also with an activity that nobody knows
+
+
+def test_an_error_that_is_not_known_is_not_drawn_as_none():
+    picture = chart("", [Line("", [0, 1], [1.0, 2.0], [math.inf, 0.1])], "", marks=True)
+    assert picture.count('class="error') == 1 and "± 0<" not in picture and "± inf" in picture
+
+
 def test_where_the_time_went_adds_up(tmp_path):
     for one in cost_table.costs(Story(Stored(made_run(tmp_path)))):
         assert sum(one.main_player.values()) == pytest.approx(1) and sum(one.opponents.values()) == pytest.approx(1)
@@ -282,8 +347,8 @@ def test_pieces_are_the_text_and_ratios_are_kept(text):
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_few_round_and_inside(low, width):
-    made = ticks(low, low + width)
-    assert 1 <= len(made) <= 8 and all(low - width * 1e-6 <= tick <= low + width * (1 + 1e-6) for tick in made)
+    made, room = ticks(low, low + width), width * 1e-6 + 4 * math.ulp(abs(low) + width)
+    assert 1 <= len(made) <= 8 and all(low - room <= tick <= low + width + room for tick in made)
 
 
 @given(st.lists(st.one_of(st.floats(-1e30, 1e30), st.sampled_from([math.nan, math.inf, None])), max_size=40))

@@ -10,6 +10,7 @@ Held-out prompts where there are some, else the first ones that were trained on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,10 +123,10 @@ class Pieces:
             text = self._piece(before, tuple(group))
             if text.endswith("\N{REPLACEMENT CHARACTER}") and len(group) < 4:
                 continue
-            pieces.append([text] if ratios is None else [text, round(total, 2)])
+            pieces.append(_piece_of(text, ratios, total))
             before, group, total = (group[-1],), [], 0.0
         if group:
-            pieces.append([self._piece(before, tuple(group)), *([] if ratios is None else [round(total, 2)])])
+            pieces.append(_piece_of(self._piece(before, tuple(group)), ratios, total))
         return [*pieces, [" …"]] if len(ids) > LONGEST else pieces
 
     def _piece(self, before: tuple[int, ...], group: tuple[int, ...]) -> str:
@@ -134,3 +135,8 @@ class Pieces:
             alone = self._decode(list(before)) if before else ""
             self._known[key] = self._decode([*before, *group])[len(alone) :]
         return self._known[key]
+
+
+def _piece_of(text: str, ratios: np.ndarray | None, total: float) -> list[Any]:
+    """JSON has no word for what is no number, so that has no colour."""
+    return [text] if ratios is None or not math.isfinite(total) else [text, round(total, 2)]

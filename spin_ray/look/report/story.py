@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ class Story:
     """A run, as its folder tells it."""
 
     stored: Stored
+    beside: tuple[str, ...] = ()
+    """Names of the runs that are shown with it."""
 
     @property
     def run(self) -> RunDir:
@@ -36,12 +38,13 @@ class Story:
 
     @property
     def name(self) -> str:
-        return self.run.path.name
+        path = self.run.path
+        return path.name if self.beside.count(path.name) < 2 else f"{path.parent.name}/{path.name}"
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Dotted key -> value."""
-        return flatten_dict(self.stored.saved_config or {})
+        """Dotted key -> value; a key that the version which wrote it did not have yet has its default."""
+        return flatten(Config()) | flatten_dict(self.stored.saved_config or {})
 
     @cached_property
     def changed(self) -> dict[str, tuple[Any, Any]]:
@@ -147,7 +150,15 @@ def stories_in(where: str) -> list[Story]:
     story = Story(open_stored(where))
     if story.stored.saved_config is None:
         raise BadInput(f"{where}: no run there (no config.json); give the folder or the URL of one, such as runs/demo")
+    if not {"run", "spin"} <= story.stored.saved_config.keys():
+        raise BadInput(f"{where}: no run's folder: its config.json is not a run's; give one such as runs/demo")
     return [story]
+
+
+def named_apart(stories: Sequence[Story]) -> list[Story]:
+    """The same, so that runs whose folders have one name are called by the folder above too."""
+    names = tuple(story.run.path.name for story in stories)
+    return [replace(story, beside=names) for story in stories]
 
 
 def differing(stories: Sequence[Story]) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ from spin_ray.errors import BadInput
 from spin_ray.look.report.compare import side_by_side
 from spin_ray.look.report.page import page_of_one, page_of_several
 from spin_ray.look.report.samples import Decode, Samples, samples_of
-from spin_ray.look.report.story import Story, stories_in
+from spin_ray.look.report.story import Story, named_apart, stories_in
 from spin_ray.look.stored import Stored
 from spin_ray.manifest import RunDir
 from spin_ray.tokenizer import as_text, load_tokenizer
@@ -22,7 +22,7 @@ IN_A_RUN = 100
 
 def report(places: Sequence[str], out: str = "") -> Path:
     """Write one page about a run, or about several side by side; returns where it is. Raises BadInput."""
-    found = [story for where in places for story in stories_in(where)]
+    found = named_apart([story for where in places for story in stories_in(where)])
     if len(found) == 1 and not Path(places[0], "trials").is_dir():
         own, complaint = _samples(found[0])
         text, path = page_of_one(found[0], own, complaint), found[0].run.path / NAME
