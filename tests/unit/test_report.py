@@ -230,6 +230,17 @@ def test_numbers_that_are_none_are_warned_of(tmp_path):
     assert any("differ by nan" in line for line in said) and any("less likely by nan" in line for line in said)
 
 
+def test_benchmarks_asked_in_different_ways_are_warned_of(tmp_path):
+    run = made_run(tmp_path)
+    ask = lambda version, **more: run.mark("tasks", version=version, heads=["arc"], tasks={"arc": {"acc": 0.5}}, **more)  # noqa: E731
+    ask(0, asked={"limit": None}, num_truncated=0)
+    ask(1, asked={"limit": 10})
+    assert any("not all versions were asked in the same way (asked differ)" in line for line in warnings(Story(Stored(run))))
+    ask(1, asked={"limit": None}, num_truncated=7)
+    said = warnings(Story(Stored(run)))
+    assert not any("same way" in line for line in said) and any("7 requests" in line for line in said)
+
+
 def test_only_theta_0_is_measured_so_far(tmp_path):
     story = evaluated(tmp_path, {})
     del story.evaluations[1]

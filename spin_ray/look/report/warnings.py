@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ RULES = (
 def warnings(story: Story) -> list[str]:
     """What a reader should know before he believes the numbers; each with what to do where something can be done."""
     found = [line for rule in RULES for line in _broken(story, rule)]
-    return [*found, *_about_rows(story), *_about_nll(story), *_about_sessions(story)]
+    return [*found, *_about_rows(story), *_about_nll(story), *_about_tasks(story), *_about_sessions(story)]
 
 
 def _broken(story: Story, rule: Rule) -> Iterator[str]:
@@ -79,6 +80,16 @@ def _about_nll(story: Story) -> Iterator[str]:
         yield f"eval/real_nll_nats_per_token: real answers have become less likely by {how}"
 
 
+def _about_tasks(story: Story) -> Iterator[str]:
+    """Numbers that were asked for in different ways are not to be compared."""
+    latest = {mark["version"]: mark for mark in story.marks("tasks")}
+    how = [{name: json.dumps(mark.get(name), sort_keys=True) for name in ("asked", "harness", "versions")} for mark in latest.values()]
+    if other := _differing(how):
+        yield f"benchmarks: not all versions were asked in the same way ({', '.join(other)} differ): do not compare them"
+    if cut := {version: mark["num_truncated"] for version, mark in latest.items() if mark.get("num_truncated")}:
+        yield f"benchmarks: {max(cut.values()):,} requests to a version were cut off at their begin: raise eval.max_length"
+
+
 def _about_sessions(story: Story) -> Iterator[str]:
     sessions = story.marks("session")
     if len(sessions) > 1:
@@ -90,9 +101,9 @@ def _about_sessions(story: Story) -> Iterator[str]:
             yield f"its sessions ran on different hardware: {', '.join(other)}"
 
 
-def _differing(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys that do not have the same value in all sessions."""
-    names = {name for one in sessions for name in one}
-    return sorted(name for name in names if len({one.get(name) for one in sessions}) > 1)
+def _differing(sets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that do not have the same value in all of them."""
+    names = {name for one in sets for name in one}
+    return sorted(name for name in names if len({one.get(name) for one in sets}) > 1)
 
 
