@@ -111,7 +111,7 @@ def versions_of(stored: Stored) -> dict[int, dict[str, float]]:
 
 def _learnt(step: dict[str, Any]) -> dict[str, float]:
     """The columns of the run's own table."""
-    if "train/pair_loss" not in step:
+    if not {"train/pair_loss", "train/loss", "train/margin"} <= step.keys():
         return {"NLL": step["train/real_nll_nats_per_token"]} if "train/real_nll_nats_per_token" in step else {}
     term = step["train/loss"] - step["train/pair_loss"]
     return {"loss": step["train/pair_loss"], **({"NLL term": term} if term else {}), "margin": step["train/margin"]}

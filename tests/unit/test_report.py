@@ -18,7 +18,7 @@ from spin_ray.look.report import costs as cost_table
 from spin_ray.look.report.figures import Line, chart, thinned, ticks
 from spin_ray.look.report.samples import Pieces, samples_of
 from spin_ray.look.report.story import Story
-from spin_ray.look.report.verdict import better, more_to_gain
+from spin_ray.look.report.verdict import better, more_to_gain, verdict
 from spin_ray.look.report.warnings import warnings
 from spin_ray.look.report.write import report
 from spin_ray.look.stored import Stored
@@ -296,6 +296,21 @@ def test_one_run_whose_answers_cannot_be_read_does_not_hide_the_others(tmp_path)
     rewritten(bad, model={**json.loads((bad.path / "config.json").read_text())["model"], "path": str(tmp_path / "gone")})
     text = report([str(good.path), str(bad.path)], str(tmp_path / "both.html")).read_text()
     assert "answers of bad cannot be shown" in text and 'id="samples-data"' in text
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", lambda data: data[:200] + bytes(len(data) - 200)])
+def test_damaged_answers_do_not_hide_the_rest(tmp_path, damage):
+    run = made_run(tmp_path)
+    file = run.heldout_answers(1)
+    file.write_bytes(damage(file.read_bytes()))
+    text = report([str(run.path)]).read_text()
+    assert "theta_001.parquet: damaged" in text and "is better than" in text
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_where_nothing_is_played_no_player_is_the_slower_one(tmp_path, method):
+    story = Story(Stored(made_run(tmp_path, "made", f"method={method}", versions=2)))
+    assert "slower" not in " ".join(verdict(story)) and "another iteration" not in " ".join(verdict(story))
 
 
 def test_what_is_no_number_is_still_json(tmp_path):

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_ray.errors import BadInput, in_one_line
 from spin_ray.heldout import OF_BEFORE
 from spin_ray.look.report.story import Story
 from spin_ray.records import Pair, from_table
@@ -46,7 +48,7 @@ class Samples:
 
 
 def samples_of(story: Story, decode: Decode, most: int = MOST_SAMPLES) -> Samples:
-    """Of one run; no rows where nothing is kept any more."""
+    """Of one run; no rows where nothing is kept any more. Raises BadInput for what cannot be read."""
     columns, source = (_heldout(story), "held-out prompts") if story.evaluations else (_trained_on(story), "prompts that were trained on")
     if not columns:
         return Samples(source, [], [])
@@ -100,8 +102,12 @@ def _trained_on(story: Story) -> dict[int, Column]:
 
 
 def _read(story: Story, path: Path) -> Any:
+    """A table, or None where there is no file. Raises BadInput for a damaged one."""
     path = story.run.storage.fetch(path)
-    return pq.ParquetFile(path).read(use_threads=False) if path.exists() else None
+    try:
+        return pq.ParquetFile(path).read(use_threads=False) if path.exists() else None
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(f"{story.run.storage.name(path)}: damaged ({in_one_line(error)})") from error
 
 
 class Pieces:

@@ -130,7 +130,8 @@ class Story:
 
     def steps(self, name: str) -> tuple[list[float], list[float]]:
         """(global steps, values) of a metric of training; a step that was taken again counts once, as it was last."""
-        found = {line["train/global_step"]: line[f"train/{name}"] for line in self.metrics if f"train/{name}" in line}
+        keys = {"train/global_step", f"train/{name}"}
+        found = {line["train/global_step"]: line[f"train/{name}"] for line in self.metrics if keys <= line.keys()}
         return list(found), list(found.values())
 
     def series(self, group: str, name: str, by: str) -> tuple[list[float], list[float]]:

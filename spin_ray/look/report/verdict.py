@@ -115,7 +115,7 @@ def cost(story: Story) -> str:
     seconds = sum(one.seconds for one in made)
     parts = f"{len(made)} iteration{'s' * (len(made) > 1)} took {duration(seconds)}"
     waits = np.average([one.main_player["wait"] for one in made], weights=[one.seconds for one in made])
-    if not any(one.opponents for one in made):
+    if story.method != "spin" or not any(one.opponents for one in made):  # samplers that only evaluate keep nobody waiting
         return f"{parts}; the main player waited {waits:.0%} of that."
     theirs = np.average([one.opponents.get("wait", 1.0) for one in made], weights=[one.seconds for one in made])
     slower = "the opponent is the slower player: more samplers would help" if waits > theirs + 0.1 else (

@@ -48,9 +48,9 @@ def _samples(story: Story) -> tuple[Samples, str]:
     """A run's answers, or why they cannot be shown."""
     try:
         tokenizer, _ = load_tokenizer(resolve(story.config["model.path"]), bool(story.config.get("model.trust_remote_code")))
+        return samples_of(story, as_text(tokenizer)), ""
     except BadInput as error:
         return Samples("", [], []), f"The answers of {story.name} cannot be shown: {error}"
-    return samples_of(story, as_text(tokenizer)), ""
 
 
 def write_own(run: RunDir, decode: Decode) -> None:
