@@ -21,7 +21,7 @@ from spin_ray.look.report.story import Story
 from spin_ray.look.report.verdict import better, more_to_gain, verdict
 from spin_ray.look.report.warnings import warnings
 from spin_ray.look.report.write import report
-from spin_ray.look.stored import Stored
+from spin_ray.look.stored import Stored, open_stored
 from spin_ray.tokenizer import as_text
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -296,6 +296,21 @@ def test_one_run_whose_answers_cannot_be_read_does_not_hide_the_others(tmp_path)
     rewritten(bad, model={**json.loads((bad.path / "config.json").read_text())["model"], "path": str(tmp_path / "gone")})
     text = report([str(good.path), str(bad.path)], str(tmp_path / "both.html")).read_text()
     assert "answers of bad cannot be shown" in text and 'id="samples-data"' in text
+
+
+def test_a_run_on_an_object_store_is_reported_here(object_store, tmp_path, monkeypatch):
+    """Nothing is written there, and the page is no file of a cache that may have no folder for it."""
+    monkeypatch.setattr("spin_ray.look.stored.SCRATCH", str(tmp_path / "scratch"))
+    run, url = made_run(tmp_path / "local", heldout=False), object_store % "reported"
+    run.path.rename(tmp_path / "reported")
+    there = open_stored(url).run
+    for file in (tmp_path / "reported").iterdir():
+        if file.is_file():
+            there.storage.put(there.path / file.name, file.read_bytes())
+    shutil.rmtree(tmp_path / "scratch", ignore_errors=True)
+    monkeypatch.chdir(tmp_path)
+    assert report([url]) == Path("report.html") and "<h1>reported</h1>" in (tmp_path / "report.html").read_text()
+    assert not there.storage.exists(there.path / "report.html")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", lambda data: data[:200] + bytes(len(data) - 200)])

@@ -25,7 +25,7 @@ def report(places: Sequence[str], out: str = "") -> Path:
     found = named_apart([story for where in places for story in stories_in(where)])
     if len(found) == 1 and not Path(places[0], "trials").is_dir():
         own, complaint = _samples(found[0])
-        text, path = page_of_one(found[0], own, complaint), found[0].run.path / NAME
+        text, path = page_of_one(found[0], own, complaint), (found[0].run.path if found[0].stored.on_disk else Path()) / NAME
     else:
         text, path = _of_several(places, found)
     path = Path(out) if out else path
