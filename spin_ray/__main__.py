@@ -261,7 +261,8 @@ COMMANDS = {
         (
             ("runs", {"nargs": "+", "metavar": "RUN", "help": "folder or URL of a run, or of a search"}),
             ("--out", {
-                "default": "", "metavar": "FILE", "help": "where to write it (default: report.html in the run's folder, for a URL in this one)",
+                "default": "", "metavar": "FILE",
+                "help": "where to write it (default: report.html in the run's folder; of a URL in this one)",
             }),
         )),
     "study": Command(

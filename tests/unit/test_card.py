@@ -1,12 +1,14 @@
 """Model cards: what they say of a model is what was true when it was made."""
 
 import json
+import threading
 
 import pytest
 from made_runs import made_run
 
 from spin_ray.card import card
 from spin_ray.config import load_config
+from spin_ray.manifest import CARD
 from spin_ray.records import Saved
 from spin_ray.theta import Thetas
 
@@ -37,3 +39,23 @@ def test_only_a_name_on_the_hub_is_a_base_there(tmp_path, base, named):
     assert ("base_model" in head) == named
     for line in head.strip().splitlines():
         json.loads(line.partition(": ")[2])
+
+
+def test_a_card_that_is_being_written_is_no_part_of_the_weights(tmp_path):
+    """A thread digests a model's files while another one writes what people read of it."""
+    run, done = made_run(tmp_path, finished=False), threading.Event()
+    (model := run.model(0)).mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"x")
+
+    def write():
+        while not done.is_set():
+            run.storage.put(model / CARD, b"card")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(300):
+            assert list(run._checksums(0, [model])) == ["model/model.safetensors"]
+    finally:
+        done.set()
+        writer.join()
