@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_ray.config import Config, RunConfig
-from spin_ray.tracking import Tracker
+from spin_ray.tracking import Tracker, _as_json
 
 CODE = """
 import signal, sys
@@ -103,3 +103,10 @@ def test_any_name_of_a_run_makes_a_name_that_artifacts_take(name):
     tracker._config = replace(Config(), run=RunConfig(name=name))
     for version in (0, 1):
         wandb.Artifact(tracker._artifact_name(version), type="model")
+
+
+@given(st.dictionaries(st.text(max_size=5), st.floats() | st.integers(-9, 9), max_size=5))
+def test_any_metrics_are_facts_that_artifacts_take(metrics):
+    import wandb
+
+    wandb.Artifact("model", type="model", metadata=_as_json(metrics))
