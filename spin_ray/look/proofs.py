@@ -63,6 +63,6 @@ def room(subject: Subject) -> Iterator[Found]:
     if subject.joins:
         yield Found(OK, "the cluster in RAY_ADDRESS is asked when the run starts")
         return
-    samplers = method_of(subject.config).plays or bool(subject.config.data.eval)
+    samplers = method_of(subject.config).plays or bool(subject.config.data.eval or subject.config.eval.tasks)
     hardware = choose_hardware(subject.config, [this_machine()], samplers=samplers)
     yield Found(OK, f"{', '.join(map(str, hardware.actors))} fit on this machine: {hardware.device}, {hardware.dtype}")

@@ -85,7 +85,9 @@ def test_every_answer_is_that_of_the_harness_own_back_end(pool, facts, folder):
     expected, found = (model.loglikelihood(asked["loglikelihood"]) for model in (theirs, ours))
     assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in expected], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] and len({greedy for _, greedy in found}) == 2
-    assert ours.loglikelihood(asked["loglikelihood"]) == pytest.approx(found, abs=1e-4)  # all of them from the prefix cache
+    again = ours.loglikelihood(asked["loglikelihood"])  # all of them are in the prefix cache
+    assert [logp for logp, _ in again] == pytest.approx([logp for logp, _ in found], abs=1e-4)
+    assert [greedy for _, greedy in again] == [greedy for _, greedy in found]
     expected, found = (model.loglikelihood_rolling(asked["loglikelihood_rolling"]) for model in (theirs, ours))
     assert found == pytest.approx(expected, abs=1e-3, rel=1e-6)
     expected, found = (model.generate_until(asked["generate_until"]) for model in (theirs, ours))
@@ -128,11 +130,3 @@ def test_a_run_asks_every_version_once(folder, tmp_path):
     assert found["model"] == str(model) and "num_prompts" not in found
     assert found["tasks"]["made_choice"] == pytest.approx(marks[2]["tasks"]["made_choice"], abs=1e-4)
     assert found["num_truncated"] == 0 and "the proof at the door holds" in alone.stderr
-
-    # A session whose last mark was lost asks that version again, and no other.
-    lines = (run / "manifest.jsonl").read_text().splitlines()
-    kept = [line for line in lines if not (json.loads(line)["stage"] == "finished" or ('"tasks"' in line and json.loads(line).get("version") == 2))]
-    (run / "manifest.jsonl").write_text("".join(f"{line}\n" for line in kept))
-    again = spin_ray(*command)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert [record["opponent_version"] for record in records(run / "metrics.jsonl", "tasks/")] == [0, 1, 2, 2]

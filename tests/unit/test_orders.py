@@ -664,6 +664,21 @@ def test_tasks_are_asked_of_every_version_whenever_samplers_are_free(start, orde
     assert len(run.run.marks("evaluation")) == (4 if heldout else 0)
 
 
+@pytest.mark.parametrize("lost", [[3], [2, 3], []])
+def test_a_session_asks_only_what_no_earlier_one_has_marked(start, lost):
+    given = "spin.num_iterations=3", "overlap.mode=stream"
+    run = start(*given, tasks=OneTask())
+    run.result()
+    manifest = run.run.path / "manifest.jsonl"
+    lines = [line for line in manifest.read_text().splitlines() if json.loads(line)["stage"] != "finished"]
+    kept = [line for line in lines if json.loads(line)["stage"] != "tasks" or json.loads(line)["version"] not in lost]
+    manifest.write_text("".join(f"{line}\n" for line in kept))
+    again = start(*given, tasks=OneTask())
+    again.result()
+    assert sorted(mark["version"] for mark in again.run.marks("tasks")) == [0, 1, 2, 3]
+    assert sorted(line["opponent_version"] for line in again.metrics("tasks/made_acc")) == sorted([0, 1, 2, 3, *lost])
+
+
 def test_an_evaluation_is_put_off_once(start):
     run = start("overlap.mode=stream", "spin.num_iterations=3", heldout=4, hold=["evaluate theta_0"])
     run.messages.wait_until_sent("answer save 2")

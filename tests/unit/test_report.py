@@ -188,12 +188,12 @@ def test_of_many_equal_versions_hardly_ever_one_is_called_better(tmp_path):
 @settings(deadline=None, max_examples=40)
 def test_no_number_makes_no_claim(name, value, error):
     """Better or worse is said of finite numbers with finite errors alone; where no error is known, that is said."""
-    story = SimpleNamespace(iterations=[{"iteration": 0}], first_name="SFT", config={"data.eval": "x"}, series=lambda *_: ([], []))
+    story = SimpleNamespace(iterations=[{"iteration": 0}], first_name="SFT", config={"data.eval": "x"}, tasks={}, series=lambda *_: ([], []))
     change = "exact_match_t1_change_share" if "match" in name else "real_nll_change_nats_per_token"
     story.evaluations = {0: {name: 0.5}, 1: {key: given for key, given in ((name, value), (f"{change}_se", error)) if given is not None}}
     said = better(story)
     if value is None or not math.isfinite(value):
-        assert "no number on held-out data" in said
+        assert "no number of it is there yet" in said
     elif error is None:
         assert "looks" in said and "error is not known" in said
     else:
@@ -244,7 +244,7 @@ def test_benchmarks_asked_in_different_ways_are_warned_of(tmp_path):
 def test_only_theta_0_is_measured_so_far(tmp_path):
     story = evaluated(tmp_path, {})
     del story.evaluations[1]
-    assert "no number on held-out data is there yet" in better(story) and "not set" not in better(story)
+    assert "no number of it is there yet" in better(story) and "not set" not in better(story)
 
 
 def test_warnings_name_the_metric_and_its_place(tmp_path):

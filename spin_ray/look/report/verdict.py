@@ -74,9 +74,10 @@ def sure(count: int) -> float:
 def _by_training(story: Story) -> str:
     last = story.iterations[-1]
     accuracy = story.series("iteration", "last_epoch_accuracy", "iteration")[1]
+    asked = "; its benchmarks are below" if story.tasks else ""
     learnt = f" In training it told the real answers apart in {accuracy[-1]:.2f} of cases." if accuracy else ""
-    why = "no number on held-out data is there yet" if story.config.get("data.eval") else "data.eval is not set"
-    return f"theta_{last['iteration'] + 1} was trained, and nobody has measured how good it is: {why}.{learnt}"
+    why = "no number of it is there yet" if story.config.get("data.eval") else "data.eval is not set"
+    return f"theta_{last['iteration'] + 1} was trained, and not compared on held-out data: {why}{asked}.{learnt}"
 
 
 def more_to_gain(story: Story) -> str:

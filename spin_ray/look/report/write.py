@@ -21,11 +21,15 @@ IN_A_RUN = 100
 
 
 def report(places: Sequence[str], out: str = "") -> Path:
-    """Write one page about a run, or about several side by side; returns where it is. Raises BadInput."""
+    """Write one page about a run, or about several side by side; returns where it is. Raises BadInput.
+
+    One run's goes into its folder, a search's into the search's; of several, and of a run that lies at a URL, here.
+    """
     found = named_apart([story for where in places for story in stories_in(where)])
     if len(found) == 1 and not Path(places[0], "trials").is_dir():
         own, complaint = _samples(found[0])
-        text, path = page_of_one(found[0], own, complaint), (found[0].run.path if found[0].stored.on_disk else Path()) / NAME
+        folder = found[0].run.path if found[0].stored.on_disk else Path()
+        text, path = page_of_one(found[0], own, complaint), folder / NAME
     else:
         text, path = _of_several(places, found)
     path = Path(out) if out else path
