@@ -260,7 +260,10 @@ COMMANDS = {
         _report, "One page about a run, or about several side by side, a search's folder among them: a file that needs nothing else.",
         (
             ("runs", {"nargs": "+", "metavar": "RUN", "help": "folder or URL of a run, or of a search"}),
-            ("--out", {"default": "", "metavar": "FILE", "help": "where to write it (default: report.html in the run's folder)"}),
+            ("--out", {
+                "default": "", "metavar": "FILE",
+                "help": "where to write it (default: report.html in the run's folder; of a URL in this one)",
+            }),
         )),
     "study": Command(
         _study, "What the paper claims, tried: arms side by side, several seeds, rates searched for each; the same command goes on. Hours.",

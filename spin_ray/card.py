@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from spin_ray.config import Config
@@ -29,7 +30,7 @@ def card(config: Config, run: RunDir, thetas: Thetas, version: int, *, is_adapte
     metadata = {
         "library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "text-generation",
         "tags": ["spin_ray", *([config.method] if config.method != "spin" else ["spin", "self-play"])],
-        **({} if base.startswith("demo:") else {"base_model": base}),
+        **({"base_model": base} if _is_on_hub(base) else {}),
     }
     head = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata.items())  # JSON is YAML
     load = (
@@ -44,8 +45,13 @@ def card(config: Config, run: RunDir, thetas: Thetas, version: int, *, is_adapte
     )
 
 
+def _is_on_hub(base: str) -> bool:
+    """The hub refuses a card whose base is no name of a model there."""
+    return not (base.startswith(("demo:", "/", ".", "~")) or Path(base).is_dir())
+
+
 def _facts(config: Config, run: RunDir, made: Mapping[str, Any]) -> str:
-    session = (run.marks("session") or [{}])[-1]
+    session = ([{}, *run.marks("session")])[made.get("session", 0)]  # a later one may have had other software
     prepared, first = ((run.marks(stage) or [{}])[-1] for stage in ("prepared", "theta_0"))
     pairs, objective, sampling = made.get("pairs", {}), made.get("objective", {}), made.get("sampling") or {}
     rows = {

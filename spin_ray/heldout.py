@@ -8,6 +8,7 @@ A version's answers are kept as pairs (records.py) whose opponent, and scorer, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -59,8 +60,14 @@ def change(pairs: Sequence[Pair], first: Sequence[Pair], right: np.ndarray | Non
     nll, nll_error = _nll(lost, pairs)
     metrics = {"real_nll_change_nats_per_token": nll, "real_nll_change_nats_per_token_se": nll_error}
     if right is not None:
-        metrics |= _share("exact_match_t1_change_share", right.astype(float) - first_right)
+        won = right.astype(float) - first_right
+        metrics |= {"exact_match_t1_change_share": float(won.mean()), "exact_match_t1_change_share_se": error_of_change(won)}
     return metrics
+
+
+def error_of_change(won: np.ndarray) -> float:
+    """Standard error of a mean of -1, 0 and 1, as if one prompt more had been won and one lost: few that differ say little."""
+    return math.hypot(standard_error(won), math.sqrt(2) / len(won))
 
 
 def _share(name: str, values: np.ndarray) -> dict[str, float]:
@@ -118,9 +125,9 @@ def has_collapsed(evaluations: Mapping[int, Mapping[str, float]]) -> bool:
     if not evaluations:
         return False
     first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
-    rise = last["real_nll_nats_per_token"] - first["real_nll_nats_per_token"]
+    rise = last.get("real_nll_nats_per_token", 0.0) - first.get("real_nll_nats_per_token", 0.0)
     lost = last.get("exact_match_t1_share", 1.0) < COLLAPSED_SHARE * first.get("exact_match_t1_share", 0.0)
-    return rise > COLLAPSED_NATS or lost
+    return not rise <= COLLAPSED_NATS or lost  # an NLL that is no number is one that exploded
 
 
 def divergence(before: Sequence[Pair], generated_logps: Sequence[np.ndarray]) -> float:

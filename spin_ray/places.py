@@ -136,17 +136,30 @@ def can_write(folder: Path) -> bool:
 
 @contextmanager
 def nothing_left_if_refused(folder: Path) -> Iterator[None]:
-    """After BadInput in the body, remove a folder that was not there before and holds nothing but what every command begins with."""
+    """After BadInput in the body, remove a folder that was not there before and holds nothing but what every command begins with.
+
+    What another process has begun there meanwhile stays.
+    """
     before = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except BadInput:
-        if before and not any((folder / name).exists() for name in _WORK):
-            shutil.rmtree(folder, ignore_errors=True)
+        if before:
+            _remove_unless_used(folder)
             for parent in before[1:]:
                 with suppress(OSError):  # others have put something there
                     parent.rmdir()
         raise
+
+
+def _remove_unless_used(folder: Path) -> None:
+    """Under the run's lock: nobody is at work there, and nobody begins before the folder is gone."""
+    from spin_ray.storage import DISK  # not at the top: it loads pyarrow
+
+    with suppress(OSError):  # there is no folder, or somebody has the lock
+        if not any((folder / name).exists() for name in _WORK) and not DISK.read(folder / "lock").strip():  # an owner's record
+            with DISK.flock(folder / "lock"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 _WORK = ("manifest.jsonl", "trials", "prompts")

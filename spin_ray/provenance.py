@@ -16,7 +16,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -91,14 +91,15 @@ def template_digest(facts: ModelFacts) -> str:
 
 
 def weights_digest(facts: ModelFacts) -> str:
-    """SHA-256 of theta_0's weights: its *.safetensors, of an adapter those of base and adapter. "" for a hub name that is not here."""
+    """SHA-256 of theta_0's weights: its *.safetensors, of an adapter those of base and adapter. "" where they are not on this disk."""
     folders = [_on_this_disk(facts.path), *([Path(facts.adapter)] if facts.adapter else [])]
     if None in folders:
         return ""
-    found = [
-        f"{name} {value}" for folder in folders for name, value in DISK.checksums(folder, "*.safetensors").items()
-    ]
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+    found = [DISK.checksums(folder, "*.safetensors") for folder in folders]
+    if not all(found):  # the cache has a hub's config before it has the weights
+        return ""
+    lines = [f"{name} {value}" for of_folder in found for name, value in of_folder.items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _on_this_disk(model: str) -> Path | None:
@@ -117,8 +118,9 @@ class Origin:
 
     path: Path
     config: Mapping[str, Any]
-    packages: Mapping[str, str]
-    revision: str
+    """Of its last session: a run may have been asked for more iterations since it began."""
+    software: Sequence[Mapping[str, str]]
+    """Of every session: package -> version, and the revision of this code."""
     inputs: Mapping[str, str]
     """weights, prompts, template: SHA-256; one that the manifest does not have is left out."""
 
@@ -128,14 +130,18 @@ class Origin:
         if not path.is_file():
             raise BadInput(f"--from-manifest {path}: no such file; a run's is runs/<name>/manifest.jsonl")
         marks = _marks(path)
-        if "session" not in marks:
-            raise BadInput(f"--from-manifest {path}: it has no line of a session, so nobody knows the config; run that with --config")
-        began, prepared, first = (marks.get(stage, {}) for stage in ("session", "prepared", "theta_0"))
-        inputs = {"weights": first.get("sha256"), "prompts": prepared.get("sha256"), "template": began.get("template")}
-        return cls(path, began["config"], began["packages"], began["revision"], {name: sha for name, sha in inputs.items() if sha})
+        sessions = marks.get("session", [])
+        if not (sessions and all(isinstance(session.get("config"), dict) for session in sessions)):
+            raise BadInput(
+                f"--from-manifest {path}: it has no line of a session with its config; give a YAML file in place of it"
+            )
+        prepared, first = (marks.get(stage, [{}])[0].get("sha256") for stage in ("prepared", "theta_0"))
+        inputs = {"weights": first, "prompts": prepared, "template": sessions[0].get("template")}
+        software = [{**session.get("packages", {}), _REVISION: session.get("revision", "")} for session in sessions]
+        return cls(path, sessions[-1]["config"], software, {name: sha for name, sha in inputs.items() if sha})
 
-    def check(self, found: Mapping[str, str]) -> None:
-        """Raise BadInput if the same words of the config name other inputs than they did."""
+    def check(self, found: Mapping[str, str]) -> list[str]:
+        """Raise BadInput if the same words of the config name other inputs than they did; returns those that cannot be compared."""
         what = {
             "weights": "model.path holds other weights", "prompts": "data.train, data.max_prompts, the tokenizer or the blocks are others",
             "template": "the chat template is another",
@@ -143,24 +149,36 @@ class Origin:
         differing = [what[name] for name, sha in self.inputs.items() if found.get(name) not in (None, "", sha)]
         if differing:
             raise BadInput(f"{self.path}: the run cannot be repeated: {'; '.join(differing)} than when it was made")
+        return [name for name in what if not (self.inputs.get(name) and found.get(name))]
 
     def other_software(self) -> str:
         """A line about what is installed in other versions; "" where all is the same."""
-        now = packages()
-        other = [f"{name} {then}, here {now.get(name, 'none')}" for name, then in self.packages.items() if now.get(name) != then]
-        if self.revision != (here := revision()):
-            other.append(f"spin_ray at {self.revision[:12] or 'an unknown revision'}, here {here[:12] or 'an unknown one'}")
+        now = {**packages(), _REVISION: revision()}
+        names = dict.fromkeys(name for session in self.software for name in session)
+        other = []
+        for name in names:
+            then = list(dict.fromkeys(session.get(name, "") for session in self.software))
+            if then != [now.get(name, "")]:
+                other.append(f"{name} {' and '.join(_shown(each) for each in then)}, here {_shown(now.get(name, ''))}")
         return f"{self.path} was made with other software: {'; '.join(other)}" if other else ""
 
 
-def _marks(path: Path) -> dict[str, dict[str, Any]]:
-    """The first whole line of every stage."""
-    found: dict[str, dict[str, Any]] = {}
+_REVISION = "spin_ray at"
+
+
+def _shown(version: str) -> str:
+    """A version, or the begin of a revision with its word about changes."""
+    return version[:12] + version[40:] if len(version) >= 40 else version or "unknown"
+
+
+def _marks(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Whole lines by their stage, oldest first."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
             try:
                 mark = json.loads(line)
-                found.setdefault(mark["stage"], mark)
+                found.setdefault(mark["stage"], []).append(mark)
             except (ValueError, TypeError, KeyError) as error:
                 raise BadInput(f"--from-manifest {path}:{number}: no line of a manifest ({error})") from error
     return found

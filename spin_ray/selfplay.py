@@ -115,11 +115,14 @@ def _run(config: Config, run: RunDir, terminal: Terminal, origin: Origin | None)
 
 def _check_origin(origin: Origin, run: RunDir, facts: ModelFacts, terminal: Terminal) -> None:
     """Raises BadInput if the run could not be the same as the one that it is to repeat."""
-    origin.check({
+    unknown = origin.check({
         "weights": provenance.weights_digest(facts), "prompts": run.marks("prepared")[-1].get("sha256", ""),
         "template": provenance.template_digest(facts),
     })
-    terminal.say(origin.other_software() or f"repeats {origin.path}: the same model, prompts, template and software")
+    if unknown:
+        terminal.say(f"{origin.path}: whether {' and '.join(unknown)} are the same cannot be compared: their digests are not known")
+    same = [name for name in ("weights", "prompts", "template") if name not in unknown]
+    terminal.say(origin.other_software() or f"repeats {origin.path}: the same {', '.join([*same, 'software'])}")
 
 
 def _tell_of_the_end(run: RunDir, terminal: Terminal) -> None:

@@ -13,14 +13,13 @@ Versions are compared prompt by prompt, so what is hard for all of them is not t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from spin_ray.config import SpinConfig
-from spin_ray.heldout import standard_error
+from spin_ray.heldout import error_of_change, standard_error
 
 NUM_ERRORS = 2.0
 """Standard errors that a difference must exceed."""
@@ -77,6 +76,6 @@ def judge(history: Sequence[Standing], spin: SpinConfig) -> Verdict:
 
 
 def _error_of_difference(best: Standing, latest: Standing) -> float:
-    """Standard error of the mean difference. Of shares as if one prompt more had been won and one lost: few that differ say little."""
+    """Standard error of the mean difference."""
     lost = best.score - latest.score
-    return math.hypot(standard_error(lost), 0.0 if latest.right is None else math.sqrt(2) / len(lost))
+    return standard_error(lost) if latest.right is None else error_of_change(lost)

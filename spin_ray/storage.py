@@ -96,9 +96,10 @@ class Disk:
             shutil.rmtree(old, ignore_errors=True)
 
     def checksums(self, folder: Path, wanted: str = "*") -> dict[str, str]:
-        """SHA-256 of every file of a folder whose name fits."""
+        """SHA-256 of every file of a folder whose name fits, but for those that are being written: a model's card may be at any time."""
         found = {}
-        for name in sorted(fnmatch.filter(self.file_names(folder), wanted)):
+        names = [name for name in fnmatch.filter(self.file_names(folder), wanted) if not fnmatch.fnmatch(name, ".*.tmp")]
+        for name in sorted(names):
             with self._open(folder / name) as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
         return found

@@ -101,8 +101,9 @@ class Terminal:
         """In a log file, where nothing has been said for a while: what was heard last, and how long ago."""
         now = time.monotonic()
         if now - self._said >= max(1, PLAIN_EVERY_S - 1):  # asked for every second
-            found = [f"{who:<12} {text}" if who else text for who, (text, _) in self._news.items()]
-            since = now - max((when for _, when in self._news.values()), default=now)
+            news = list(self._news.items())  # other threads tell more meanwhile
+            found = [f"{who:<12} {text}" if who else text for who, (text, _) in news]
+            since = now - max((when for _, (_, when) in news), default=now)
             self._print(f"{' | '.join(found) or 'at work'}{f'  ({since:.0f} s ago)' if since >= 5 else ''}")
 
     def row(self, cells: Mapping[str, Any], others: Collection[str] = ()) -> None:

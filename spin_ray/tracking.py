@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import threading
@@ -139,7 +140,7 @@ class Tracker:
         import wandb
 
         made_from = {"made_from": f"theta_{version - 1}", "theta_0": self._config.model.path} if version else {}
-        metadata = {"version": version, "where": name, **made_from, **facts}
+        metadata = {"version": version, "where": name, **made_from, **_as_json(facts)}
         artifact = wandb.Artifact(self._artifact_name(version), type="model", metadata=metadata)
         with self._lock, self._noting_its_end():
             if not version:
@@ -155,7 +156,7 @@ class Tracker:
 
     def _artifact_name(self, version: int) -> str:
         """All versions that a run makes are versions of one artifact; its theta_0 is another."""
-        return re.sub(r"[^\w.-]", "-", f"{self._config.run.name}-{'model' if version else 'theta_0'}")
+        return f"{re.sub(r'[^a-zA-Z0-9_.-]', '-', self._config.run.name)[:100]}-{'model' if version else 'theta_0'}"
 
     def file(self, path: Path) -> None:
         """A file as it is, to W&B only; a later one of its name takes its place."""
@@ -178,6 +179,11 @@ class Tracker:
             if self._lost:
                 with contextlib.suppress(ConnectionError):
                     wandb.teardown()  # else it complains when Python ends
+
+
+def _as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is no finite number, such as the standard error of one prompt: an artifact takes none."""
+    return {name: value for name, value in facts.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def _as_url(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
 
 def repeat_config(path: str | Path, saved: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """A config that a run has saved, with overrides. `path`: where that lies, for messages. Raises BadInput."""
-    return _merge([(str(path), OmegaConf.create(dict(saved))), ("command line", _given(overrides))])[0]
+    return _merge([(str(path), OmegaConf.create(_as_it_is(dict(saved)))), ("command line", _given(overrides))])[0]
+
+
+def _as_it_is(value: Any) -> Any:
+    """A saved value for OmegaConf: `${` in a text, such as a chat template, is no longer the name of another key."""
+    if isinstance(value, Mapping):
+        return {key: _as_it_is(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_it_is(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\${", value) if isinstance(value, str) else value
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.text import Text
 from spin_ray.errors import BadInput
 from spin_ray.look.printable import printable
 from spin_ray.look.progress import Progress
-from spin_ray.look.state import NEVER, RUNNING, Facts, facts_of, version_named
+from spin_ray.look.state import NEVER, RUNNING, Facts, facts_of
 from spin_ray.look.stored import open_stored
 from spin_ray.look.trials import Trials, trials_of
 from spin_ray.terminal import COLUMNS, cell
@@ -82,7 +82,7 @@ def _lines(facts: Facts) -> list[str]:
     if facts.newest:
         lines.append(f"  newest     theta_{progress.iterations}: {facts.newest}")
     if facts.best:
-        lines.append(f"  best       theta_{version_named(facts.best)}: {facts.best}")
+        lines.append(f"  best       theta_{facts.best_version}: {facts.best}")
     lines += [f"  warning    {warning}" for warning in facts.warnings]
     if any(facts.versions.values()):
         lines += ["", *_table(facts)]

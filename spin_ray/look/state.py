@@ -41,6 +41,8 @@ class Facts:
     """Where the last version lies."""
     best: str | None
     """What the file `best` names; None where nothing was evaluated."""
+    best_version: int | None = None
+    """Which version that is."""
     warnings: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     """The last lines that the run said."""
@@ -56,7 +58,8 @@ def facts_of(stored: Stored, *, patience_s: float = 2 * BEAT_S) -> Facts:
     progress = progress_of(stored, since=owner.since, now=owner.seen) if owner and at_work else progress_of(stored, since=None, now=0.0)
     return Facts(
         run=str(stored), state=state, why=one_line(why), method=config.method, progress=progress, versions=versions_of(stored),
-        training=_training(stored), newest=_newest(stored), best=best_of(stored), warnings=_warnings(stored),
+        training=_training(stored), newest=_newest(stored), best=best_of(stored), best_version=best_version(stored),
+        warnings=_warnings(stored),
         said=[printable(line) for line in stored.lines(stored.run.said)[-LAST_LINES:]],
     )
 
@@ -108,7 +111,7 @@ def versions_of(stored: Stored) -> dict[int, dict[str, float]]:
 
 def _learnt(step: dict[str, Any]) -> dict[str, float]:
     """The columns of the run's own table."""
-    if "train/pair_loss" not in step:
+    if not {"train/pair_loss", "train/loss", "train/margin"} <= step.keys():
         return {"NLL": step["train/real_nll_nats_per_token"]} if "train/real_nll_nats_per_token" in step else {}
     term = step["train/loss"] - step["train/pair_loss"]
     return {"loss": step["train/pair_loss"], **({"NLL term": term} if term else {}), "margin": step["train/margin"]}
@@ -123,9 +126,12 @@ def best_of(stored: Stored) -> str | None:
     return stored.read("best").decode(errors="backslashreplace").strip() or None
 
 
-def version_named(name: str) -> int:
-    """Which version a file such as `best` names; where the run's folder lay then does not matter."""
-    found = _VERSION.search(name)
+def best_version(stored: Stored) -> int | None:
+    """Which version the file `best` names; where the run's folder lay then does not matter. None where nothing was evaluated."""
+    named, model = best_of(stored), stored.config.model
+    if named is None or named == (model.adapter or model.path):  # a run may begin with what another one's iteration made
+        return None if named is None else 0
+    found = _VERSION.search(named)
     return int(found[1]) + 1 if found else 0
 
 

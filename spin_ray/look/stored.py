@@ -71,7 +71,8 @@ class Stored:
 
     def lines(self, path: Path) -> list[str]:
         """Of a text file; none where it is not there."""
-        return self.run.storage.read(path).decode(errors="backslashreplace").splitlines()
+        text = self.run.storage.read(path).decode(errors="backslashreplace")
+        return text.removesuffix("\n").split("\n") if text else []  # str.splitlines ends a line at U+2028 too
 
 
 def open_stored(where: str) -> Stored:

@@ -10,7 +10,7 @@ from typing import Any
 from spin_ray.config import Config, ModelConfig
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
-from spin_ray.look.state import version_named
+from spin_ray.look.state import best_version
 from spin_ray.look.stored import Stored, open_stored
 from spin_ray.records import Saved
 from spin_ray.storage import DISK, Disk
@@ -43,8 +43,8 @@ def choose(where: str, *, iteration: int | None, compare: bool) -> list[Chosen]:
         return [_model(where)]
     stored = open_stored(where)
     newest = len(stored.marks("iteration"))
-    best = stored.read("best").decode(errors="replace").strip()
-    version = iteration if iteration is not None else version_named(best) if best else newest
+    best = best_version(stored)
+    version = iteration if iteration is not None else newest if best is None else best
     if not 0 <= version <= newest:
         raise BadInput(f"{stored}: there is no theta_{version}; it has theta_0 to theta_{newest}" if newest else
                        f"{stored}: there is no theta_{version}: no iteration is finished, so there is theta_0 alone")

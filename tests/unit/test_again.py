@@ -79,6 +79,21 @@ def test_a_folder_that_was_there_stays(tmp_path):
     assert (tmp_path / "a").is_dir()
 
 
+def test_what_another_process_has_begun_meanwhile_stays(tmp_path):
+    """Two commands begin the same new run at once; the one that is refused, for whatever reason, must not take the other's folder away."""
+    folder, code = tmp_path / "runs" / "mine", (
+        "import sys; from pathlib import Path; from spin_ray.lock import held; from spin_ray.storage import DISK\n"
+        "with held(DISK, Path(sys.argv[1]) / 'lock'): print('held', flush=True); sys.stdin.read()"
+    )
+    with pytest.raises(BadInput), nothing_left_if_refused(folder):
+        other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "held\n"
+        raise BadInput("another process is working on this run")
+    assert (folder / "lock").exists()
+    other.communicate()
+    assert other.returncode == 0
+
+
 @pytest.mark.parametrize("refused", [["model.path=no/such/folder/at/all"], ["data.train=nothing.jsonl"], ["spin.beta=-1"]])
 def test_refused_runs_leave_nothing(tmp_path, refused):
     done = subprocess.run(

@@ -2,9 +2,12 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spin_ray import provenance
 from spin_ray.config import load_config
@@ -46,13 +49,44 @@ def test_a_run_of_a_version_that_kept_less_is_compared_in_what_it_kept(tmp_path)
     origin.check({"weights": "w", "prompts": "p", "template": "t"})
 
 
-@pytest.mark.parametrize(("text", "said"), [(None, "no such file"), (b'{"stage": "iteration"}\n', "no line of a session"), (b"hello\n", ":1: no line of a manifest"), (b'{"stage": "session"', "no line of a session")])
+@pytest.mark.parametrize(("text", "said"), [(None, "no such file"), (b'{"stage": "iteration"}\n', "no line of a session"), (b"hello\n", ":1: no line of a manifest"), (b'{"stage": "session"', "no line of a session"), (b'{"stage": "session"}\n', "no line of a session with its config")])
 def test_what_is_no_manifest_is_told(tmp_path, text, said):
     path = tmp_path / "m"
     if text is not None:
         path.write_bytes(text)
     with pytest.raises(BadInput, match=said):
         Origin.read(path)
+
+
+def test_a_run_that_was_extended_is_repeated_as_it_ended(tmp_path):
+    later = {**SESSION, "config": {"spin": {"lr": 1.0, "num_iterations": 6}}, "packages": {"torch": "0.2"}}
+    origin = Origin.read(manifest(tmp_path / "m", SESSION, later))
+    assert origin.config["spin"]["num_iterations"] == 6 and "torch 0.1 and 0.2, here" in origin.other_software()
+
+
+def test_what_cannot_be_compared_is_not_called_the_same(tmp_path):
+    origin = Origin.read(manifest(tmp_path / "m", SESSION, {"stage": "prepared", "sha256": "p"}))
+    assert origin.check({"weights": "w", "prompts": "p", "template": "t"}) == ["weights"]
+    assert origin.check({"weights": "w", "prompts": "", "template": "t"}) == ["weights", "prompts"]
+
+
+@given(st.recursive(st.text(alphabet="$}{\\:x?"), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2), max_leaves=5))
+def test_any_saved_text_is_read_back_as_it_was(value):
+    from omegaconf import OmegaConf
+
+    from spin_ray.config.load import _as_it_is
+
+    if "'???'" not in repr(value):  # OmegaConf's word for what must be given; no key means it
+        assert OmegaConf.to_object(OmegaConf.create(_as_it_is({"key": value})))["key"] == value
+
+
+def test_weights_that_are_not_here_have_no_digest(tmp_path):
+    """The hub's cache has a model's config before, or on a driver's host without, its weights."""
+    (tmp_path / "config.json").write_text("{}")
+    facts = SimpleNamespace(path=str(tmp_path), adapter="")
+    assert provenance.weights_digest(facts) == ""
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert len(provenance.weights_digest(facts)) == 64
 
 
 def prompts(*lengths):

@@ -24,7 +24,7 @@ from spin_ray.errors import BadInput
 from spin_ray.lock import held
 from spin_ray.look.progress import progress_of
 from spin_ray.look.show import duration, show, told
-from spin_ray.look.state import DIVERGED, FINISHED, INTERRUPTED, NEVER, RUNNING, STOPPED, facts_of, version_named
+from spin_ray.look.state import DIVERGED, FINISHED, INTERRUPTED, NEVER, RUNNING, STOPPED, facts_of
 from spin_ray.look.stored import open_stored
 from spin_ray.look.trials import trials_of
 from spin_ray.storage import DISK, ObjectStore
@@ -112,6 +112,26 @@ def test_how_a_run_ended(tmp_path, end, state, why):
     assert (found.state, found.why) == (state, why) and f"{tmp_path / 'run'}: {state}" in told(found)
 
 
+@pytest.mark.parametrize(("began_with", "named", "version"), [
+    ("/runs/first/iter_003/model", "/runs/first/iter_003/model", 0), ("/runs/first/iter_003/model", "/runs/second/iter_000/model", 1), ("demo:sft", "demo:sft", 0),
+])
+def test_the_best_of_a_run_that_began_with_another_one_s_model(tmp_path, began_with, named, version):
+    run = half_way(tmp_path / "run", finished=2)
+    saved = json.loads((run.folder / "config.json").read_text())
+    saved["model"]["path"] = began_with
+    (run.folder / "config.json").write_text(json.dumps(saved))
+    (run.folder / "best").write_text(f"{named}\n")
+    assert facts(run.folder).best_version == version and f"theta_{version}: {named}" in told(facts(run.folder))
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x0b", "\x85", "\x1c", "\r"])
+def test_why_it_ended_is_read_whatever_signs_it_holds(tmp_path, sign):
+    """Only a line's end ends a line of what was said."""
+    run = half_way(tmp_path / "run", finished=1)
+    (run.folder / "logs/said.log").write_text(f"2026-01-01 00:00:00  spin-ray: row 7 says a{sign}b\n", newline="")
+    assert facts(run.folder).why.startswith("row 7 says a")
+
+
 def test_versions_best_and_warnings(tmp_path):
     run = half_way(tmp_path / "run", finished=2)
     run.evaluate(2, nll=0.5)
@@ -120,7 +140,7 @@ def test_versions_best_and_warnings(tmp_path):
     run.log("sampler", {"num_restarts": 2})
     run.train(1, 2)
     found = facts(run.folder)
-    assert found.best == "/elsewhere/run/iter_000/model" and version_named(found.best) == 1 and version_named("demo:sft") == 0
+    assert found.best == "/elsewhere/run/iter_000/model" and found.best_version == 1
     assert found.newest == f"{run.folder}/iter_001/model" and list(found.versions) == [0, 1, 2]
     assert found.versions[2] == {"real_nll_nats_per_token": 0.5, "exact_match_t1_share": 0.5, "train_s": 10.0, "waited_s": 1.0, "loss": 0.5,
                                  "NLL term": pytest.approx(0.1), "margin": 0.25}

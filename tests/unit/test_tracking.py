@@ -3,6 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_ray.config import Config, RunConfig
+from spin_ray.tracking import Tracker, _as_json
 
 CODE = """
 import signal, sys
@@ -85,3 +92,21 @@ def test_tags_models_tables_and_the_report_are_in_the_offline_run(tmp_path):
     assert any("answers" in str(record.history) for record in found if record.WhichOneof("record_type") == "history")
     assert any(file.path == "report.html" for record in found if record.WhichOneof("record_type") == "files" for file in record.files.files)
     assert list(tmp_path.glob("wandb/offline-run-*/files/report.html"))
+
+
+@given(st.text(min_size=1, max_size=300))
+@settings(deadline=None, max_examples=50)
+def test_any_name_of_a_run_makes_a_name_that_artifacts_take(name):
+    import wandb
+
+    tracker = object.__new__(Tracker)
+    tracker._config = replace(Config(), run=RunConfig(name=name))
+    for version in (0, 1):
+        wandb.Artifact(tracker._artifact_name(version), type="model")
+
+
+@given(st.dictionaries(st.text(max_size=5), st.floats() | st.integers(-9, 9), max_size=5))
+def test_any_metrics_are_facts_that_artifacts_take(metrics):
+    import wandb
+
+    wandb.Artifact("model", type="model", metadata=_as_json(metrics))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -25,7 +26,7 @@ def _metric(stories: Sequence[Story]) -> tuple[str, str, bool] | None:
 
 def best_of(story: Story, name: str, more: bool) -> tuple[int, float] | None:
     """(version, value) of the best version after theta_0."""
-    found = {v: metrics[name] for v, metrics in story.evaluations.items() if v and name in metrics}
+    found = {v: metrics[name] for v, metrics in story.evaluations.items() if v and math.isfinite(metrics.get(name, math.nan))}
     return max(found.items(), key=lambda entry: entry[1] if more else -entry[1], default=None)
 
 
@@ -35,11 +36,9 @@ def runs(stories: Sequence[Story]) -> str:
     for story in stories:
         found = best_of(story, metric[0], metric[2]) if metric else None
         value = f"{shown(found[1])} (theta_{found[0]})" if found else "–"
-        rows.append([story.name, story.state, value, verdict(story)[0]])
-    if metric:
-        order = {story.name: best_of(story, metric[0], metric[2]) for story in stories}
-        worst = float("-inf") if metric[2] else float("inf")
-        rows.sort(key=lambda row: (order[row[0]] or (0, worst))[1], reverse=metric[2])
+        order = -math.inf if found is None else found[1] if metric[2] else -found[1]
+        rows.append((order, [story.name, story.state, value, verdict(story)[0]]))
+    rows = [row for _, row in sorted(rows, key=lambda entry: entry[0], reverse=True)]
     what = f"best version's {metric[1]}" if metric else "held-out"
     return parts.section("runs", "Runs", parts.table(["run", "state", what, "verdict"], rows))
 
@@ -60,8 +59,8 @@ def search_map(stories: Sequence[Story]) -> str:
 
 
 def collapsed(story: Story) -> bool:
-    """Whether its numbers went bad, or its last version is far worse than its first."""
-    return bool(story.marks("diverged")) or has_collapsed(story.evaluations)
+    """Whether bad numbers have ended it, or its last version is far worse than its first."""
+    return story.has_diverged or has_collapsed(story.evaluations)
 
 
 def differences(stories: Sequence[Story]) -> str:
@@ -93,5 +92,8 @@ def side_by_side(stories: Sequence[Story], samples: Sequence[Samples]) -> tuple[
     if not common:
         return Samples("", [], []), "These runs have answered different prompts."
     by_prompt = [{row["prompt"]: row for row in own.rows} for _, own in having]
-    rows = [{**prompts[p], "answers": [own[p]["answers"][-1] for own in by_prompt]} for p in common]
+    plain = lambda pieces: [[piece[0]] for piece in pieces]  # noqa: E731  # one run's log-ratios would stand for all
+    rows = [
+        {**prompts[p], "real": plain(prompts[p]["real"]), "answers": [own[p]["answers"][-1] for own in by_prompt]} for p in common
+    ]
     return Samples(first.source, [f"{story.name}, {own.versions[-1]}" for story, own in having], rows), ""

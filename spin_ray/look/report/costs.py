@@ -31,10 +31,10 @@ def costs(story: Story) -> list[Cost]:
     spans, _ = story.laid_out
     if not any(span.activity == "train" for span in spans):
         return []
-    others = sorted({span.player for span in spans} - {MAIN_PLAYER})
     made = []
     for t, (begin, end) in iteration_windows(spans).items():
         here = [span for span in spans if span.end > begin and span.begin < end]
+        others = sorted({span.player for span in here} - {MAIN_PLAYER})  # another session may have had more of them
         learner = _grouped(shares(here, [MAIN_PLAYER], begin, end, LEARNER), ("train", "score"))
         samplers = _grouped(shares(here, others, begin, end, SAMPLERS), ("play", "evaluate")) if others else {}
         made.append(Cost(t, end - begin, learner, samplers))

@@ -45,7 +45,7 @@ def chart(title: str, lines: Sequence[Line], x_label: str, *, marks: bool = Fals
     lines = [line for line in lines if line.xs]
     if not lines:
         return ""
-    errors = [line.errors or [0.0] * len(line.ys) for line in lines]
+    errors = [[error if math.isfinite(error) else 0.0 for error in line.errors or [0.0] * len(line.ys)] for line in lines]
     highs = [y + e for line, own in zip(lines, errors, strict=True) for y, e in zip(line.ys, own, strict=True)]
     lows = [y - e for line, own in zip(lines, errors, strict=True) for y, e in zip(line.ys, own, strict=True)]
     xs = [x for line in lines for x in line.xs]
@@ -65,8 +65,7 @@ def chart(title: str, lines: Sequence[Line], x_label: str, *, marks: bool = Fals
 def _finite(line: Line) -> Line:
     kept = [k for k, y in enumerate(line.ys) if y is not None and math.isfinite(y)]
     pick = lambda values: [values[k] for k in kept] if len(values) == len(line.ys) else []  # noqa: E731
-    errors = [error if math.isfinite(error) else 0.0 for error in pick(line.errors)]
-    return Line(line.label, pick(line.xs), pick(line.ys), errors, pick(line.notes))
+    return Line(line.label, pick(line.xs), pick(line.ys), pick(line.errors), pick(line.notes))
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,8 @@ def _line(number: int, line: Line, across: _Scale, up: _Scale, *, marks: bool) -
     parts = [f'<polyline class="line {colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>']
     if line.errors:
         for (x, _), value, error in zip(places, line.ys, line.errors, strict=True):
+            if not math.isfinite(error):  # only the tooltip can show it
+                continue
             low, high = up(value - error), up(value + error)
             parts.append(f'<line class="error {colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
     if marks or len(places) == 1:

@@ -39,8 +39,9 @@ def timeline(story: Story) -> str:
 
 
 def _worth_drawing(spans: Sequence[Span], players: Sequence[str], used: Sequence[str], end: float) -> list[Span]:
-    """What lies above comes last: play above the evaluation that rides on it."""
-    long_enough = [span for span in merged(spans) if span.player in players and span.end - span.begin > end / MOST_BARS / 4]
+    """What lies above comes last: play above the evaluation that rides on it. An activity of another version has no colour."""
+    known = [span for span in spans if span.player in players and span.activity in used]
+    long_enough = [span for span in merged(known) if span.end - span.begin > end / MOST_BARS / 4]
     longest = sorted(long_enough, key=lambda span: span.end - span.begin, reverse=True)[:MOST_BARS]
     order = sorted(used, key=lambda name: name in ("play", "load"))
     return sorted(longest, key=lambda span: order.index(span.activity))

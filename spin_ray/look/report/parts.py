@@ -130,13 +130,14 @@ def _spent(shares: dict[str, float], seconds: float, names: Iterable[str]) -> li
 
 def samples(found: Samples, complaint: str = "") -> str:
     """The table is filled by the page's script, from JSON: text of a model or of a row is never markup."""
-    if complaint or not found.rows:
-        return section("samples", "Answers", f"<p>{escape(complaint or 'No answers are kept.')}</p>")
+    told = f"<p>{escape(complaint)}</p>" if complaint else ""
+    if not found.rows:
+        return section("samples", "Answers", told or "<p>No answers are kept.</p>")
     choices = "".join(f'<label><input type="checkbox" checked data-version="{k}">{escape(v)}</label>' for k, v in enumerate(found.versions))
     data = json.dumps({"versions": found.versions, "rows": found.rows}, ensure_ascii=False, separators=(",", ":"))
     return section("samples", "Answers", (
-        f"<p>{len(found.rows)} {escape(found.source)}. A token is <span class=more>green</span> where the training that followed made it "
-        "more likely, and <span class=less>red</span> where less (a real answer: by the newest version against theta_0).</p>"
+        f"{told}<p>{len(found.rows)} {escape(found.source)}. A token is <span class=more>green</span> where the training that followed "
+        "made it more likely, and <span class=less>red</span> where less (a real answer: by the newest version against theta_0).</p>"
         '<p class="filters"><input type="search" id="search" placeholder="search in prompts and answers" aria-label="search">'
         '<select id="filter" aria-label="filter"><option value="all">all</option><option value="changed">answers that changed</option>'
         '<option value="right">last answer is the real one</option><option value="wrong">last answer is not the real one</option></select>'

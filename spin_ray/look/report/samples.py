@@ -10,14 +10,17 @@ Held-out prompts where there are some, else the first ones that were trained on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_ray.errors import BadInput, in_one_line
 from spin_ray.heldout import OF_BEFORE
 from spin_ray.look.report.story import Story
 from spin_ray.records import Pair, from_table
@@ -45,7 +48,7 @@ class Samples:
 
 
 def samples_of(story: Story, decode: Decode, most: int = MOST_SAMPLES) -> Samples:
-    """Of one run; no rows where nothing is kept any more."""
+    """Of one run; no rows where nothing is kept any more. Raises BadInput for what cannot be read."""
     columns, source = (_heldout(story), "held-out prompts") if story.evaluations else (_trained_on(story), "prompts that were trained on")
     if not columns:
         return Samples(source, [], [])
@@ -99,8 +102,12 @@ def _trained_on(story: Story) -> dict[int, Column]:
 
 
 def _read(story: Story, path: Path) -> Any:
+    """A table, or None where there is no file. Raises BadInput for a damaged one."""
     path = story.run.storage.fetch(path)
-    return pq.ParquetFile(path).read(use_threads=False) if path.exists() else None
+    try:
+        return pq.ParquetFile(path).read(use_threads=False) if path.exists() else None
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(f"{story.run.storage.name(path)}: damaged ({in_one_line(error)})") from error
 
 
 class Pieces:
@@ -122,10 +129,10 @@ class Pieces:
             text = self._piece(before, tuple(group))
             if text.endswith("\N{REPLACEMENT CHARACTER}") and len(group) < 4:
                 continue
-            pieces.append([text] if ratios is None else [text, round(total, 2)])
+            pieces.append(_piece_of(text, ratios, total))
             before, group, total = (group[-1],), [], 0.0
         if group:
-            pieces.append([self._piece(before, tuple(group)), *([] if ratios is None else [round(total, 2)])])
+            pieces.append(_piece_of(self._piece(before, tuple(group)), ratios, total))
         return [*pieces, [" …"]] if len(ids) > LONGEST else pieces
 
     def _piece(self, before: tuple[int, ...], group: tuple[int, ...]) -> str:
@@ -134,3 +141,8 @@ class Pieces:
             alone = self._decode(list(before)) if before else ""
             self._known[key] = self._decode([*before, *group])[len(alone) :]
         return self._known[key]
+
+
+def _piece_of(text: str, ratios: np.ndarray | None, total: float) -> list[Any]:
+    """JSON has no word for what is no number, so that has no colour."""
+    return [text] if ratios is None or not math.isfinite(total) else [text, round(total, 2)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ class Story:
     """A run, as its folder tells it."""
 
     stored: Stored
+    beside: tuple[str, ...] = ()
+    """Names of the runs that are shown with it."""
 
     @property
     def run(self) -> RunDir:
@@ -36,12 +38,13 @@ class Story:
 
     @property
     def name(self) -> str:
-        return self.run.path.name
+        path = self.run.path
+        return path.name if self.beside.count(path.name) < 2 else f"{path.parent.name}/{path.name}"
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Dotted key -> value."""
-        return flatten_dict(self.stored.saved_config or {})
+        """Dotted key -> value; a key that the version which wrote it did not have yet has its default."""
+        return flatten(Config()) | flatten_dict(self.stored.saved_config or {})
 
     @cached_property
     def changed(self) -> dict[str, tuple[Any, Any]]:
@@ -65,7 +68,8 @@ class Story:
 
     @cached_property
     def evaluations(self) -> dict[int, dict[str, float]]:
-        return dict(sorted((mark["version"], mark["metrics"]) for mark in self.marks("evaluation")))
+        found = {mark["version"]: mark["metrics"] for mark in self.marks("evaluation")}
+        return dict(sorted(found.items()))
 
     @cached_property
     def tasks(self) -> dict[int, dict[str, dict[str, float]]]:
@@ -100,6 +104,16 @@ class Story:
         return (self.marks("finished", "extended") or [{"stage": ""}])[-1]["stage"] == "finished"
 
     @property
+    def end(self) -> dict[str, Any]:
+        """The mark of what ended it before its time, unless it has gone on since: then another one."""
+        return (self.marks("stopped", "diverged", "extended", "iteration") or [{"stage": ""}])[-1]
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether bad numbers have ended it."""
+        return self.end["stage"] == "diverged"
+
+    @property
     def best(self) -> str:
         """The model that its held-out numbers name; "" where there are none."""
         return self.stored.read("best").decode().strip()
@@ -108,16 +122,16 @@ class Story:
     def state(self) -> str:
         """How it stands, in a few words; whether it is going on at the moment is not said here."""
         done = f"{len(self.iterations)} of {self.num_iterations} iterations"
-        last = (self.marks("stopped", "diverged", "extended", "iteration") or [{"stage": ""}])[-1]
-        if last["stage"] == "diverged":
-            return f"diverged after {done}: {last['reason']}"
+        if self.has_diverged:
+            return f"diverged after {done}: {self.end['reason']}"
         if self.is_finished:
-            return f"finished early after {done}: {last['reason']}" if last["stage"] == "stopped" else "finished"
+            return f"finished early after {done}: {self.end['reason']}" if self.end["stage"] == "stopped" else "finished"
         return f"{done} so far"
 
     def steps(self, name: str) -> tuple[list[float], list[float]]:
         """(global steps, values) of a metric of training; a step that was taken again counts once, as it was last."""
-        found = {line["train/global_step"]: line[f"train/{name}"] for line in self.metrics if f"train/{name}" in line}
+        keys = {"train/global_step", f"train/{name}"}
+        found = {line["train/global_step"]: line[f"train/{name}"] for line in self.metrics if keys <= line.keys()}
         return list(found), list(found.values())
 
     def series(self, group: str, name: str, by: str) -> tuple[list[float], list[float]]:
@@ -137,7 +151,15 @@ def stories_in(where: str) -> list[Story]:
     story = Story(open_stored(where))
     if story.stored.saved_config is None:
         raise BadInput(f"{where}: no run there (no config.json); give the folder or the URL of one, such as runs/demo")
+    if not {"run", "spin"} <= story.stored.saved_config.keys():
+        raise BadInput(f"{where}: no run's folder: its config.json is not a run's; give one such as runs/demo")
     return [story]
+
+
+def named_apart(stories: Sequence[Story]) -> list[Story]:
+    """The same, so that runs whose folders have one name are called by the folder above too."""
+    names = tuple(story.run.path.name for story in stories)
+    return [replace(story, beside=names) for story in stories]
 
 
 def differing(stories: Sequence[Story]) -> dict[str, list[Any]]:

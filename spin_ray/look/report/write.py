@@ -10,7 +10,7 @@ from spin_ray.errors import BadInput
 from spin_ray.look.report.compare import side_by_side
 from spin_ray.look.report.page import page_of_one, page_of_several
 from spin_ray.look.report.samples import Decode, Samples, samples_of
-from spin_ray.look.report.story import Story, stories_in
+from spin_ray.look.report.story import Story, named_apart, stories_in
 from spin_ray.look.stored import Stored
 from spin_ray.manifest import RunDir
 from spin_ray.tokenizer import as_text, load_tokenizer
@@ -25,7 +25,7 @@ def report(places: Sequence[str], out: str = "") -> Path:
 
     One run's goes into its folder, a search's into the search's; of several, and of a run that lies at a URL, here.
     """
-    found = [story for where in places for story in stories_in(where)]
+    found = named_apart([story for where in places for story in stories_in(where)])
     if len(found) == 1 and not Path(places[0], "trials").is_dir():
         own, complaint = _samples(found[0])
         folder = found[0].run.path if found[0].stored.on_disk else Path()
@@ -52,9 +52,9 @@ def _samples(story: Story) -> tuple[Samples, str]:
     """A run's answers, or why they cannot be shown."""
     try:
         tokenizer, _ = load_tokenizer(resolve(story.config["model.path"]), bool(story.config.get("model.trust_remote_code")))
+        return samples_of(story, as_text(tokenizer)), ""
     except BadInput as error:
         return Samples("", [], []), f"The answers of {story.name} cannot be shown: {error}"
-    return samples_of(story, as_text(tokenizer)), ""
 
 
 def write_own(run: RunDir, decode: Decode) -> None:
