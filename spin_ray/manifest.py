@@ -68,7 +68,7 @@ class RunDir:
     def _take_up(self, config: Config) -> None:
         saved = self.storage.fetch(self.path / "config.json")
         before = self._parse(saved) if saved.exists() else {}
-        changed = differences(config, before) if before else []
+        changed = differences(config, before, as_long=False) if before else []
         if changed and self.storage.exists(self.iteration(0)):
             raise BadInput(
                 f"{self} belongs to a run with another config ({'; '.join(changed)}); "
@@ -77,12 +77,24 @@ class RunDir:
         self.logs.mkdir(parents=True, exist_ok=True)
         if changed:
             self.storage.remove(self.path / "manifest.jsonl")
-        more = bool(before) and not changed and config.method == "spin" and config.spin.num_iterations > before["spin"]["num_iterations"]
-        if more and self.storage.fetch(self.path / "manifest.jsonl").exists():
-            self.mark("extended", num_iterations=config.spin.num_iterations)
-        if changed or more or not saved.exists():
+        asked = config.spin.num_iterations
+        other_length = bool(before) and not changed and config.method == "spin" and asked != before["spin"]["num_iterations"]
+        if other_length and self.storage.fetch(self.path / "manifest.jsonl").exists():
+            self._take_up_length(asked)
+        if changed or other_length or not saved.exists():
             with self.storage.written(saved) as temporary:
                 temporary.write_text(to_json(config))
+
+    def _take_up_length(self, asked: int) -> None:
+        """Another number of iterations than before: raises BadInput if more than that are finished."""
+        finished = len(self.marks("iteration"))
+        if finished > asked:
+            raise BadInput(
+                f"{self} has {finished} finished iterations and spin.num_iterations={asked}: what is finished stays; give {finished} or "
+                "more to go on, or choose another run.name"
+            )
+        if asked > finished:
+            self.mark("extended", num_iterations=asked)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

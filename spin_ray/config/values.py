@@ -40,14 +40,16 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(config: Config, saved: dict[str, Any]) -> list[str]:
+def differences(config: Config, saved: dict[str, Any], *, as_long: bool = True) -> list[str]:
     """What a run directory's config.json says otherwise: one "key: saved -> present" per key that changes the result.
 
-    A key that it lacks was not there yet in the version that wrote it, and counts as its default.
+    A key that it lacks was not there yet in the version that wrote it, and counts as its default. Unless they are to be `as_long`, the
+    number of iterations is no difference, and neither is what iterations are to be made with that one of them does not have.
     """
     now, then = (_decided(each) for each in (flatten(config), flatten(Config()) | flatten_dict(saved)))
-    if now[_ITERATIONS] > (count := then[_ITERATIONS]):  # more of the same: what the iterations so far were made with must be the same
-        now |= {_ITERATIONS: count} | {
+    if not as_long:
+        count = min(now[_ITERATIONS], then[_ITERATIONS])
+        now |= {_ITERATIONS: then[_ITERATIONS]} | {
             key: then[key] for key in _scheduled_keys(config) if _first(now[key], count) == _first(then[key], count)
         }
     keys = [key for key in sorted(now.keys() | then.keys()) if changes_result(key)]

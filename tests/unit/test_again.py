@@ -17,11 +17,12 @@ def config(*overrides):
 
 
 def changed(before, now):
-    return differences(config(*now), json.loads(to_json(config(*before))))
+    return differences(config(*now), json.loads(to_json(config(*before))), as_long=False)
 
 
 @pytest.mark.parametrize(("before", "now"), [
-    ([], ["spin.num_iterations=5"]),
+    ([], ["spin.num_iterations=5"]), ([], ["spin.num_iterations=2"]),
+    (["spin.lr=[1.0,2.0,3.0]"], ["spin.num_iterations=2", "spin.lr=[1.0,2.0]"]),
     (["spin.lr=[1.0,2.0,3.0]"], ["spin.num_iterations=5", "spin.lr=[1.0,2.0,3.0,9.0,9.0]"]),
     (["spin.lr=1.0"], ["spin.num_iterations=4", "spin.lr=[1.0,1.0,1.0,0.5]"]),
     (["spin.beta=[0.1,0.1,0.1]"], ["spin.num_iterations=4", "spin.beta=0.1"]),
@@ -32,7 +33,6 @@ def test_more_iterations_of_the_same_are_no_other_run(before, now):
 
 
 @pytest.mark.parametrize(("before", "now", "key"), [
-    ([], ["spin.num_iterations=2"], "spin.num_iterations"),
     ([], ["spin.num_iterations=5", "spin.beta=0.5"], "spin.beta"),
     (["spin.lr=[1.0,2.0,3.0]"], ["spin.num_iterations=4", "spin.lr=[1.0,2.0,4.0,4.0]"], "spin.lr"),
     (["spin.lr=1.0"], ["spin.num_iterations=4", "spin.lr=[1.0,1.0,0.5,0.5]"], "spin.lr"),
@@ -53,6 +53,23 @@ def test_a_finished_run_is_finished_until_more_is_asked_for(tmp_path):
     assert len(run.marks("extended")) == 1 and json.loads((run.path / "config.json").read_text())["spin"]["num_iterations"] == 5
     run.mark("finished")
     assert RunDir.open(config(where, "spin.num_iterations=5")).finished
+
+
+def test_what_was_asked_for_by_mistake_can_be_taken_back_but_not_what_is_finished(tmp_path):
+    where = f"run.dir={tmp_path}"
+    run = RunDir.open(config(where))
+    for t in range(2):
+        run.iteration(t).mkdir()
+        run.mark("iteration", iteration=t)
+    for asked in (50, 3, 2, 7):
+        RunDir.open(config(where, f"spin.num_iterations={asked}"))
+        assert json.loads((run.path / "config.json").read_text())["spin"]["num_iterations"] == asked
+    with pytest.raises(BadInput, match="2 finished iterations and spin.num_iterations=1"):
+        RunDir.open(config(where, "spin.num_iterations=1"))
+
+
+def test_a_search_s_trials_are_all_as_long():
+    assert differences(config("spin.num_iterations=5"), json.loads(to_json(config()))) == ["spin.num_iterations: 3 -> 5"]
 
 
 @pytest.mark.parametrize("work", [None, "manifest.jsonl", "prompts", "trials"])
