@@ -39,7 +39,7 @@ LAYERS = [
     ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("transport/",), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
     ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",),
     ("card.py", "look/__init__.py", "look/report/"), ("pages.py",), ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
-    ("selfplay.py",), ("demo/tasks.py",), ("study/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),
+    ("selfplay.py",), ("demo/tasks.py",), ("study/",), ("look/plan/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),
 ]
 
 
