@@ -45,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for argument, told in command.arguments:
             one.add_argument(argument, **told)
     args, rest = parser.parse_known_args(argv)  # a list of words that goes on after a flag is unknown to argparse
-    if rest and ("words" not in args or any(word.startswith("-") for word in rest)):
+    goes_on = next((name for name in ("words", "overrides") if name in args), None)
+    if rest and (goes_on is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.words += rest
+        getattr(args, goes_on).extend(rest)
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
     os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "10")  # Ray reads it when it is imported
     if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for none

@@ -20,6 +20,8 @@ SHAPES: dict[str, dict[str, Any]] = {
               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
     "mid": {**_LLAMA, "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12,
             "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": True},
+    "smollm2": {**_LLAMA, "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True},
     "0.3b": {**_LLAMA, "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18,
              "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 1024, "tie_word_embeddings": True},
     "qwen3-0.6b": {"model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -32,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                   "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768,
                   "sliding_window": None, "tie_word_embeddings": False},
 }
-"""Hugging Face config of each model by name; "small" has 12.7M parameters, "mid" 54M, "0.3b" 264M (1.0 GiB in float32), the others are the
+"""Hugging Face config of each model by name; "small" has 12.7M parameters, "mid" 54M, "smollm2" 135M, "0.3b" 264M, the others are the
 published models' shapes."""
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")

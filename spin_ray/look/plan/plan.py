@@ -58,8 +58,10 @@ class Plan:
     @property
     def num_gpus(self) -> float:
         """That the run holds."""
-        each = [kind.number * kind.each.get("GPU", 0) for kind in self.hardware.actors]
-        return max(each) if self.hardware.takes_turns and any(each) else sum(each)
+        on_gpus = [kind for kind in self.hardware.actors if kind.each.get("GPU")]
+        if self.hardware.takes_turns:  # one of each on a GPU
+            return max((kind.number for kind in on_gpus), default=0)
+        return sum(kind.number * kind.each["GPU"] for kind in on_gpus)
 
     def as_json(self) -> dict[str, Any]:
         """Numbers for another program: bytes, seconds, tokens per second."""
@@ -133,5 +135,5 @@ def _job(config: Config, hardware: Hardware, texts: Texts) -> Job:
     return Job(
         texts.num_prompts, texts.prompt, texts.answer, texts.generated(config.sampler.max_new_tokens), epochs,
         config.spin.replay if method.plays else 0, texts.num_eval, config.sampler.fewest, plays=method.plays,
-        overlap=config.overlap.mode != "sequential" and not hardware.takes_turns, opponent_scores=method.scorer == "opponent",
+        overlap=config.overlap.mode != "sequential" and not hardware.takes_turns, scorer=method.scorer,
     )

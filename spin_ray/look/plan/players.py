@@ -11,7 +11,7 @@ from spin_ray.look.plan.rows import Texts
 from spin_ray.look.plan.shapes import Shapes
 from spin_ray.placement import MEMORY_SHARE, Hardware
 
-LEARNER_BASE, SAMPLER_BASE = 0.62 * GIB, 1.0 * GIB
+LEARNER_BASE, SAMPLER_BASE = 0.70 * GIB, 1.0 * GIB
 """Resident memory of a process on a CPU that has started and knows no model: Python, Ray, torch, DeepSpeed; the same with vLLM."""
 CACHE_ON_CPU = 1.0 * GIB
 """What vLLM is told to take there (placement.py)."""

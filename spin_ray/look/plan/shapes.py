@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,21 @@ class Shapes:
     """That a token is multiplied with below the output layer: of a mixture's experts those that it is sent to."""
     file_bytes: int
     """Of the folder's weights; 0 where there are none."""
-    _blank: Callable[[], nn.Module]
+    _blank: Callable[[str], nn.Module]
+    """Makes the model without values, in a dtype."""
+    _dtype: str
 
     def activations(self, row: Row, *, on_gpu: bool) -> tuple[Activations, bool]:
-        """Of one row, and whether they were counted; where a family's code needs values, they are reckoned from its matrices."""
-        lm = self._blank()
-        try:
-            return count(lm, row, on_gpu=on_gpu), True
-        except RuntimeError:
-            return _reckoned(self._blank(), row), False
+        """Of one row, and whether they were counted as they are.
+
+        Where a family's code needs values they are not: experts in float32 are taken for twice those in bfloat16, which are computed in
+        one product; else they are reckoned from the layers' matrices.
+        """
+        for dtype in dict.fromkeys((self._dtype, "bfloat16")):
+            with contextlib.suppress(RuntimeError):
+                counted = count(self._blank(dtype), row, on_gpu=on_gpu)
+                return (counted, True) if dtype == self._dtype else (_twice(counted), False)
+        return _reckoned(self._blank(self._dtype), row), False
 
     def kv_bytes(self, weight_bytes: int) -> int:
         """Of the sampler's cache, for one token."""
@@ -53,12 +60,12 @@ class Shapes:
 def read_shapes(path: str, config: Any, lora: LoraConfig, *, dtype: str, in_4_bits: bool) -> Shapes:
     """`config`: transformers' own of the model at `path`. Raises BadInput where the model cannot be made from it."""
 
-    def plain() -> nn.Module:
+    def plain(dtype: str) -> nn.Module:
         with torch.device("meta"):
             return auto_class(config).from_config(config, attn_implementation=COUNTED, dtype=getattr(torch, dtype))
 
-    def blank() -> nn.Module:
-        lm = plain()
+    def blank(dtype: str) -> nn.Module:
+        lm = plain(dtype)
         trained = {id(p) for part in (body(lm), lm.get_output_embeddings()) for p in part.parameters()}
         for parameter in lm.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -67,14 +74,14 @@ def read_shapes(path: str, config: Any, lora: LoraConfig, *, dtype: str, in_4_bi
         return lm
 
     try:
-        lm = blank()
-        matrices = [num_in * num_out for num_in, num_out in linear_layers(plain()).values()] if in_4_bits else []
+        lm = blank(dtype)
+        matrices = [num_in * num_out for num_in, num_out in linear_layers(plain(dtype)).values()] if in_4_bits else []
     except (ValueError, RuntimeError, AttributeError, KeyError) as error:
         raise BadInput(f"model.path={path}: transformers makes no model of this config: {in_one_line(error)[:200]}") from error
-    return _shapes(lm, config, path, matrices, blank)
+    return _shapes(lm, config, path, matrices, blank, dtype)
 
 
-def _shapes(lm: nn.Module, config: Any, path: str, in_4_bits: list[int], blank: Callable[[], nn.Module]) -> Shapes:
+def _shapes(lm: nn.Module, config: Any, path: str, in_4_bits: list[int], blank: Callable[[str], nn.Module], dtype: str) -> Shapes:
     """`in_4_bits`: weights of each matrix that is held so."""
     text, head = text_part(config), lm.get_output_embeddings().weight
     trained = [parameter.numel() for parameter in lm.parameters() if parameter.requires_grad]
@@ -89,7 +96,7 @@ def _shapes(lm: nn.Module, config: Any, path: str, in_4_bits: list[int], blank: 
         model, kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // heads, num_layers=text.num_hidden_layers,
         width=head.shape[1], vocabulary=head.shape[0], weights_per_token=_per_token(lm, text),
-        file_bytes=sum(file.stat().st_size for file in Path(path).glob("*.safetensors")), _blank=blank,
+        file_bytes=sum(file.stat().st_size for file in Path(path).glob("*.safetensors")), _blank=blank, _dtype=dtype,
     )
 
 
@@ -105,6 +112,10 @@ def _per_token(lm: nn.Module, text: Any) -> float:
                 experts = parameter.shape[0] if parameter.dim() == 3 else 1
                 found += parameter.numel() * min(chosen or experts, experts) / experts if parameter.dim() > 1 else 0
     return found
+
+
+def _twice(counted: Activations) -> Activations:
+    return Activations(*(2 * value for value in astuple(counted)))
 
 
 def _reckoned(lm: nn.Module, row: Row) -> Activations:

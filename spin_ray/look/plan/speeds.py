@@ -46,11 +46,11 @@ def speeds_of(config: Config, shapes: Shapes, texts: Texts, device: Device, *, w
     ranks = config.sampler.tensor_parallel_size
     share = f"MFU {MFU:g} on {device.name}"
     read = Rate(ranks * MFU * device.flops / (2 * _weights(shapes)), f"assumed: 2 FLOPs a weight, {share}")
-    total = shapes.model.total * weight_bytes
+    travels = shapes.model.trained if shapes.model.trained < shapes.model.total and config.lora.sync == "adapter" else shapes.model.total
     return Speeds(
         learner=found.get("learner") or _learner(config, shapes, texts, device, share),
         sampler=found.get("sampler") or _sampler(config, shapes, texts, device, weight_bytes), scorer=read,
-        sync=found.get("sync") or Rate(total / SYNC_BYTES_PER_S, "assumed: 0.5 GiB/s from the learner into an engine"),
+        sync=found.get("sync") or Rate(travels * weight_bytes / SYNC_BYTES_PER_S, "assumed: 0.5 GiB/s from the learner into an engine"),
     )
 
 

@@ -32,7 +32,9 @@ def _resources(plan: Plan) -> Iterator[str]:
     yield "Resources"
     for kind in plan.hardware.actors:
         if kind.number:
-            each = ", ".join(f"{amount:g} {resource}" for resource, amount in kind.each.items() if amount)
+            shared = plan.hardware.takes_turns and kind.each.get("GPU")
+            amounts = {**kind.each, "GPU": 1} if shared else kind.each
+            each = ", ".join(f"{amount:g} {resource}" for resource, amount in amounts.items() if amount) + ", in turns" * bool(shared)
             where = f" on nodes with {dict(kind.selector)}" if kind.selector else ""
             yield f"  {kind}, each {each}{where}"
     yield "  driver, pool and coordinator: on the driver's node, no GPU"

@@ -1,6 +1,6 @@
 """How long a run takes, from rates. Arithmetic alone.
 
-    training, s = pairs × tokens of a pair × epochs / tokens per second of the main player
+    training, s = pairs × tokens of a pair × epochs / tokens per second of the main player; its own reference counts a third of an epoch
     play, s     = new pairs × tokens of an answer / (tokens per second of a replica × replicas)  +  scores of replayed pairs
     iteration   = the longer of both where they overlap, their sum where they take turns  +  the hand-over of the weights
 """
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from spin_ray.scaling import Rates as PerSampler
 from spin_ray.scaling import needed
+
+FORWARD_SHARE = 1 / 3
+"""Of a training step's time, for a forward pass alone: 2 of 6 FLOPs a weight."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Job:
     overlap: bool
     """Whether both players compute at the same time."""
     plays: bool
-    opponent_scores: bool
+    scorer: str
+    """Who computes the references, as in methods/; empty: nobody."""
 
     @property
     def pair(self) -> float:
@@ -81,7 +85,8 @@ def iterations(job: Job, speeds: Speeds) -> list[Iteration]:
 def _iteration(job: Job, speeds: Speeds, t: int) -> Iteration:
     replayed = min(t, job.replay) * job.prompts
     pairs = job.prompts + replayed
-    train = pairs * job.pair * job.epochs[t] / speeds.learner.value
+    passes = job.epochs[t] + (FORWARD_SHARE if job.scorer in ("frozen", "learner") else 0.0)
+    train = pairs * job.pair * passes / speeds.learner.value
     one = play_s(job, speeds, replayed)
     play = one / job.replicas if job.plays else 0.0
     evaluate = job.num_eval * (job.generated / speeds.sampler.value + (job.prompt + job.answer) / speeds.scorer.value) / job.replicas
@@ -91,7 +96,7 @@ def _iteration(job: Job, speeds: Speeds, t: int) -> Iteration:
 
 def play_s(job: Job, speeds: Speeds, replayed: int) -> float:
     """Of one replica: new answers, the scores of their real ones, and those of replayed pairs."""
-    scored = (job.prompts * job.answer + replayed * job.pair) / speeds.scorer.value if job.opponent_scores else 0.0
+    scored = (job.prompts * job.answer + replayed * job.pair) / speeds.scorer.value if job.scorer == "opponent" else 0.0
     return job.prompts * job.generated / speeds.sampler.value + scored
 
 
