@@ -140,7 +140,8 @@ def _probe(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     with without_gc():
-        from spin_ray.look.plan.plan import Asked, plan
+        from spin_ray.look.plan.command import plan
+        from spin_ray.look.plan.inputs import Asked
 
     asked = Asked(**{name: getattr(args, name) for name in Asked.names()})
     plan(args.config, args.overrides, asked, as_json=args.json)

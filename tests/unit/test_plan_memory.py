@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spin_ray.look.plan import memory
-from spin_ray.look.plan.memory import GIB, Layout, Model, Work, learner_parts, moments
+from spin_ray.look.plan.memory import learner_parts, moments
+from spin_ray.look.plan.sizes import GIB, Layout, Model, Work
 from spin_ray.look.plan.times import Job, Rate, Speeds, iterations
 
 MILLION = 10**6

@@ -10,7 +10,7 @@ import torch
 from spin_ray.config import Config
 from spin_ray.learner.meters import PEAK_FLOPS, peak_flops
 from spin_ray.look.plan.inputs import Asked
-from spin_ray.look.plan.memory import GIB
+from spin_ray.look.plan.sizes import GIB
 from spin_ray.look.plan.speeds import Device, assumed_gpu
 from spin_ray.nodes import Node
 from spin_ray.placement import Hardware, choose_hardware

@@ -15,9 +15,9 @@ N: weights of the model; n: those that are trained; G: workers; w: bytes of a we
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-GIB = 2**30
+from spin_ray.look.plan.sizes import Layout, Model, Part, Work, count, size
+
 NF4_BYTES = 0.5 + 4 / 64
 """Of a weight in 4 bits: its code, and one float32 for every 64 (quantized.py)."""
 MOMENT_BYTES = {"rmsprop": 4.0, "adamw": 8.0, "adamw_8bit": 2 + 8 / 256}
@@ -32,68 +32,6 @@ HELD_BY_ADAPTER = 1.1
 """The same of the layers' activations, more, where an adapter is trained."""
 SUB_GROUP = 1_000_000_000
 """Weights that ZeRO-3 steps at a time."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One line of the sum."""
-
-    name: str
-    num_bytes: float
-    formula: str
-    """With its numbers."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the learner must know of a model's size; weights are counted, not bytes."""
-
-    total: int
-    trained: int
-    in_4_bits: int = 0
-    largest: int = 0
-    """The largest tensor that is trained."""
-    layer: int = 0
-    """The largest layer."""
-    head: int = 0
-    """Vocabulary × width: the output layer."""
-    head_is_trained: bool = True
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the learner is set up."""
-
-    on_gpu: bool
-    weight_bytes: int
-    """4: float32; 2: bfloat16, with master weights in float32."""
-    workers: int = 1
-    zero_stage: int = 2
-    optimizer: str = "rmsprop"
-    offload: bool = False
-    copies: int = 0
-    """Frozen copies of what is trained (reference.scorer=frozen, and theta_0's)."""
-    recompute: bool = False
-    """Activation checkpointing."""
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share master weights and moments."""
-        return self.workers if self.zero_stage else 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """One row of a step, in bytes (activations.py), and how many a rank has in a step."""
-
-    layers: float
-    largest_layer: float
-    layer_inputs: float
-    around: float
-    widest: float
-    logits: float
-    """The chunk that the output layer holds, in float32."""
-    rows_per_step: float = 2.0
 
 
 def learner_parts(model: Model, layout: Layout, work: Work, *, base: float = 0.0) -> list[Part]:
@@ -212,16 +150,3 @@ def _stepping(model: Model, layout: Layout) -> Iterator[Part]:
 
 def _over(ranks: int) -> str:
     return f" / {ranks}" if ranks > 1 else ""
-
-
-def count(number: float) -> str:
-    """Worked: 134515008 -> 134.5M."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.4g}{letter}"
-    return f"{number:g}"
-
-
-def size(num_bytes: float) -> str:
-    """Worked: 3 * 2**30 -> 3.00 GiB."""
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,26 +1,22 @@
-"""`spin-ray plan`: what a run needs, whether it fits, how long it takes and what it costs, before anything is started."""
+"""All of a plan in one object: what a run needs, whether it fits, how long it takes and what it costs."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from spin_ray.config import Config, load_config
+from spin_ray.config import Config
 from spin_ray.look.plan.advice import Change, changes
 from spin_ray.look.plan.inputs import Asked, Inputs, read_inputs
 from spin_ray.look.plan.machine import Machine, hardware_of, machine_of
-from spin_ray.look.plan.memory import GIB
 from spin_ray.look.plan.players import CONTEXT_BYTES, Learner, Sampler, learner_of, sampler_of
 from spin_ray.look.plan.rows import Texts
 from spin_ray.look.plan.shapes import Shapes, read_shapes
+from spin_ray.look.plan.sizes import GIB
 from spin_ray.look.plan.speeds import from_earlier, speeds_of
 from spin_ray.look.plan.times import Iteration, Job, Rate, Speeds, iterations
 from spin_ray.methods import method_of
 from spin_ray.placement import Hardware
-
-__all__ = ["Asked", "Plan", "make_plan", "plan"]
 
 
 @dataclass(frozen=True)
@@ -77,16 +73,11 @@ class Plan:
         }
 
 
-def plan(config_path: str, overrides: Sequence[str], asked: Asked, *, as_json: bool) -> None:
-    """Print the plan of a run. Raises BadInput for what a run would refuse, and for numbers that are neither there nor given."""
-    from spin_ray.look.plan.text import in_words
-
-    made = make_plan(load_config(config_path, overrides)[0], asked)
-    print(json.dumps(made.as_json(), indent=2) if as_json else "\n".join(in_words(made)))
-
-
 def make_plan(config: Config, asked: Asked, *, base: float | None = None) -> Plan:
-    """`base`: bytes of the learner's process before it knows a model, where it is not the worker of a run."""
+    """`base`: bytes of the learner's process before it knows a model, where it is not the worker of a run.
+
+    Starts nothing. Raises BadInput for what a run would refuse, and for numbers that are neither there nor given.
+    """
     machine = machine_of(config, asked)
     hardware = hardware_of(config, machine)
     inputs = read_inputs(config, asked)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from spin_ray.config import Config
 from spin_ray.look.plan.activations import Activations, Row
-from spin_ray.look.plan.memory import GIB, Layout, Part, Work, learner_parts
+from spin_ray.look.plan.memory import learner_parts
 from spin_ray.look.plan.rows import Texts
 from spin_ray.look.plan.shapes import Shapes
+from spin_ray.look.plan.sizes import GIB, Layout, Part, Work
 from spin_ray.placement import MEMORY_SHARE, Hardware
 
 LEARNER_BASE, SAMPLER_BASE = 0.70 * GIB, 1.0 * GIB

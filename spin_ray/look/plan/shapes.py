@@ -19,7 +19,7 @@ from spin_ray.learner.adapter import linear_layers, put_into_blank
 from spin_ray.learner.logps import body
 from spin_ray.learner.modes import layers_of
 from spin_ray.look.plan.activations import COUNTED, Activations, Row, count
-from spin_ray.look.plan.memory import Model
+from spin_ray.look.plan.sizes import Model
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from spin_ray.config import Config
 from spin_ray.config.values import flatten_dict
-from spin_ray.look.plan.memory import GIB
 from spin_ray.look.plan.rows import Texts
 from spin_ray.look.plan.shapes import Shapes
+from spin_ray.look.plan.sizes import GIB
 from spin_ray.look.plan.times import Rate, Speeds
 
 MFU, BANDWIDTH_SHARE = 0.35, 0.6
@@ -92,14 +92,14 @@ def _of_run(config: Config) -> dict[str, Rate]:
     replicas = before.get("sampler.num_replicas", 1)
     replicas = replicas["min"] if isinstance(replicas, dict) else replicas
     values = {
-        "learner": _median(lines, "train/tokens_per_s"), "sampler": _median(lines, "sampler/tokens_per_s") / replicas,
-        "sync": _median(lines, "sync/total_s"),
+        "learner": median(_all(lines, "train/tokens_per_s")), "sync": median(_all(lines, "sync/total_s")),
+        "sampler": max(_all(lines, "sampler/tokens_per_s")) / replicas,  # of the iteration that re-scored the least
     }
     return {name: Rate(value, f"measured: {path}") for name, value in values.items() if value}
 
 
-def _median(lines: list[dict[str, Any]], key: str) -> float:
-    return median([line[key] for line in lines if key in line] or [0.0])
+def _all(lines: list[dict[str, Any]], key: str) -> list[float]:
+    return [line[key] for line in lines if key in line] or [0.0]
 
 
 def _of_probe(config: Config, texts: Texts) -> dict[str, Rate]:
