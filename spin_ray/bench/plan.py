@@ -66,7 +66,10 @@ CASES = (
     Case("12.7M weights", ("learner.pack_tokens=448",), model="small"),
     Case("264M weights", ("learner.optimizer=rmsprop", "learner.batch_pairs=8"), model="0.3b"),
 )
-COMMON = ("learner.zero_stage=0", "learner.optimizer=adamw", "learner.batch_pairs=16", "learner.pack_tokens=1024", "data.train=none")
+COMMON = (
+    "learner.zero_stage=0", "learner.optimizer=adamw", "learner.batch_pairs=16", "learner.pack_tokens=1024", "data.train=none",
+    "spin.num_iterations=1",
+)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -36,10 +36,11 @@ SUB_GROUP = 1_000_000_000
 
 def learner_parts(model: Model, layout: Layout, work: Work, *, base: float = 0.0) -> list[Part]:
     """The parts at the learner's peak. `base`: bytes of a process that has only started; on a GPU what no allocator counts is left out."""
-    parts = max(moments(model, layout, work).values(), key=total)
+    parts, w = max(moments(model, layout, work).values(), key=total), layout.weight_bytes
     if layout.on_gpu:
         return parts
-    return [Part("the process with its libraries", base, "measured"), *parts, _held(model, work, total(parts))]
+    published = Part("new weights in the object store", w * layout.published, f"{count(layout.published)} × {w} B")
+    return [Part("the process with its libraries", base, "measured"), *parts, _held(model, work, total(parts)), published]
 
 
 def _held(model: Model, work: Work, allocated: float) -> Part:

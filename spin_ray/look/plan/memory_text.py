@@ -29,7 +29,8 @@ def samplers(plan: Plan) -> Iterator[str]:
     one = plan.fits[0].separate
     if not plan.hardware.sampler_gpus:
         yield f"Memory of one replica of the opponent, a process: about {size(one.on_cpu())}"
-        yield f"  libraries {size(SAMPLER_BASE)} + weights {size(one.weights)} + cache 1 GiB"
+        known = f"libraries {size(SAMPLER_BASE)} + cache 1 GiB + 2 × weights {size(one.weights)}"
+        yield f"  {known} + log-probs of texts {size(one.scores)} + new weights {size(one.comes)}"
         return
     ranks = plan.config.sampler.tensor_parallel_size
     yield f"Memory of one GPU of a replica of the opponent; {NOT_ON_A_GPU}"

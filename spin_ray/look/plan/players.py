@@ -12,10 +12,14 @@ from spin_ray.look.plan.shapes import Shapes
 from spin_ray.look.plan.sizes import GIB, Layout, Part, Work
 from spin_ray.placement import MEMORY_SHARE, Hardware
 
-LEARNER_BASE, SAMPLER_BASE = 0.70 * GIB, 1.0 * GIB
-"""Resident memory of a process on a CPU that has started and knows no model: Python, Ray, torch, DeepSpeed; the same with vLLM."""
+LEARNER_BASE, SAMPLER_BASE = 0.70 * GIB, 0.9 * GIB
+"""Resident memory of a process on a CPU that has started and knows no model: Python, Ray, torch, DeepSpeed; the same with vLLM. Measured in
+runs of the demo, whose model takes next to nothing.
+"""
 CACHE_ON_CPU = 1.0 * GIB
 """What vLLM is told to take there (placement.py)."""
+BATCH_ON_CPU = 2048
+"""Tokens whose logits vLLM has at a time there."""
 ENGINE_BYTES = 2.0 * GIB
 """Assumed: what vLLM takes of a GPU beside weights and cache, for its widest batch and its CUDA graphs."""
 CONTEXT_BYTES = 1.5 * GIB
@@ -40,7 +44,7 @@ class Learner:
 
 def learner_of(config: Config, hardware: Hardware, shapes: Shapes, texts: Texts, *, base: float | None = None) -> Learner:
     """At its peak. `base`: of a process that has only started, where it is not the worker of a run."""
-    layout, on_gpu = layout_of(config, hardware), hardware.device == "cuda"
+    layout, on_gpu = layout_of(config, hardware, shapes), hardware.device == "cuda"
     base = (LEARNER_BASE if base is None else base) * (not on_gpu)
     played, new = config.method != "sft", config.sampler.max_new_tokens
     in_step = texts.largest_batch(config.learner.batch_pairs, new) / layout.workers
@@ -58,7 +62,13 @@ def learner_of(config: Config, hardware: Hardware, shapes: Shapes, texts: Texts,
     return max(found, key=lambda one: one.peak)
 
 
-def layout_of(config: Config, hardware: Hardware) -> Layout:
+def travels(config: Config, shapes: Shapes) -> int:
+    """Weights that go from the learner to the samplers: an adapter's alone, or all."""
+    model = shapes.model
+    return model.trained if model.trained < model.total and config.lora.sync == "adapter" else model.total
+
+
+def layout_of(config: Config, hardware: Hardware, shapes: Shapes) -> Layout:
     learner = config.learner
     frozen = config.scorer == "frozen" and config.method != "sft"
     mixed = config.method == "spin" and config.spin.base_share > 0 and frozen
@@ -66,6 +76,7 @@ def layout_of(config: Config, hardware: Hardware) -> Layout:
         on_gpu=hardware.device == "cuda", weight_bytes=2 if hardware.dtype == "bfloat16" else 4, workers=learner.fewest,
         zero_stage=learner.zero_stage, optimizer=learner.optimizer, offload=learner.offload_optimizer, copies=frozen + mixed,
         recompute=learner.activation_checkpointing,
+        published=travels(config, shapes) if config.method == "spin" and config.spin.num_iterations > 1 else 0,
     )
 
 
@@ -90,13 +101,18 @@ class Sampler:
     """Tokens of the longest prompt with its answer: without room for one the engine does not start."""
     share: float
     """Of a GPU's memory, that the engine takes in all."""
+    scores: float
+    """Bytes of a CPU's memory while log-probs of given texts are computed."""
+    comes: float
+    """Bytes of new weights, which lie in the object store."""
 
     def cache_tokens(self, memory: float) -> int:
         """That a GPU of so many bytes has room for."""
         return max(0, int((self.share * memory - self.weights - self.beside) / self.cache_per_token))
 
     def on_cpu(self) -> float:
-        return SAMPLER_BASE + self.weights + CACHE_ON_CPU
+        """Weights with the pages of the file that they are read from."""
+        return SAMPLER_BASE + CACHE_ON_CPU + 2 * self.weights + self.scores + self.comes
 
 
 def sampler_of(config: Config, hardware: Hardware, shapes: Shapes, texts: Texts, *, memory: float, shared: bool) -> Sampler:
@@ -112,5 +128,6 @@ def sampler_of(config: Config, hardware: Hardware, shapes: Shapes, texts: Texts,
         weights=(base * w + adapter * shapes.model.trained * w) / ranks, beside=ENGINE_BYTES,
         cache_per_token=shapes.kv_bytes(w) * heads, wanted_tokens=round(at_a_time * (texts.prompt + answer)),
         longest=round(texts.longest_pair - texts.answer), share=config.sampler.gpu_memory_utilization or share,
+        scores=2 * BATCH_ON_CPU * shapes.vocabulary * 4.0, comes=travels(config, shapes) * w,
     )
 

@@ -48,6 +48,8 @@ class Layout:
     """Frozen copies of what is trained (reference.scorer=frozen, and theta_0's)."""
     recompute: bool = False
     """Activation checkpointing."""
+    published: int = 0
+    """Weights that a process on a CPU has put into the object store by the time of its later steps."""
 
     @property
     def shards(self) -> int:

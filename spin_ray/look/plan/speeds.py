@@ -9,6 +9,7 @@ from typing import Any
 
 from spin_ray.config import Config
 from spin_ray.config.values import flatten_dict
+from spin_ray.look.plan.players import travels
 from spin_ray.look.plan.rows import Texts
 from spin_ray.look.plan.shapes import Shapes
 from spin_ray.look.plan.sizes import GIB
@@ -46,11 +47,11 @@ def speeds_of(config: Config, shapes: Shapes, texts: Texts, device: Device, *, w
     ranks = config.sampler.tensor_parallel_size
     share = f"MFU {MFU:g} on {device.name}"
     read = Rate(ranks * MFU * device.flops / (2 * _weights(shapes)), f"assumed: 2 FLOPs a weight, {share}")
-    travels = shapes.model.trained if shapes.model.trained < shapes.model.total and config.lora.sync == "adapter" else shapes.model.total
+    handed_over = Rate(travels(config, shapes) * weight_bytes / SYNC_BYTES_PER_S, "assumed: 0.5 GiB/s from the learner into an engine")
     return Speeds(
         learner=found.get("learner") or _learner(config, shapes, texts, device, share),
         sampler=found.get("sampler") or _sampler(config, shapes, texts, device, weight_bytes), scorer=read,
-        sync=found.get("sync") or Rate(travels * weight_bytes / SYNC_BYTES_PER_S, "assumed: 0.5 GiB/s from the learner into an engine"),
+        sync=found.get("sync") or handed_over,
     )
 
 
