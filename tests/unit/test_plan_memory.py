@@ -91,7 +91,7 @@ def speeds(learner=1000.0, sampler=500.0):
 
 JOB = Job(
     prompts=100, prompt=20, answer=11, generated=11, epochs=[2, 2, 2], replay=1, num_eval=0, replicas=1, overlap=True, plays=True,
-    scorer="opponent",
+    alone=False,    scorer="opponent",
 )
 
 

@@ -12,6 +12,7 @@ from spin_ray.learner.meters import PEAK_FLOPS, peak_flops
 from spin_ray.look.plan.inputs import Asked
 from spin_ray.look.plan.sizes import GIB
 from spin_ray.look.plan.speeds import Device, assumed_gpu
+from spin_ray.methods import method_of
 from spin_ray.nodes import Node
 from spin_ray.placement import Hardware, choose_hardware
 
@@ -62,7 +63,8 @@ def _cpus() -> Machine:
 
 def hardware_of(config: Config, machine: Machine) -> Hardware:
     """As a cluster with room for everything would have it. Raises BadInput for what could never start."""
-    return choose_hardware(config, [Node("the cluster", {"GPU": machine.num_gpus, "CPU": 1e6}, _labels(config))])
+    nodes = [Node("the cluster", {"GPU": machine.num_gpus, "CPU": 1e6}, _labels(config))]
+    return choose_hardware(config, nodes, samplers=method_of(config).plays or bool(config.data.eval))
 
 
 def _labels(config: Config) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from spin_ray.look.plan.plan import Fit, Plan
+from spin_ray.look.plan.memory import MOMENT_BYTES
+from spin_ray.look.plan.plan import Fit, Plan, num_replicas
 from spin_ray.look.plan.players import CONTEXT_BYTES, ENGINE_BYTES, SAMPLER_BASE
 from spin_ray.look.plan.sizes import GIB, size
 from spin_ray.look.plan.tables import table
@@ -24,7 +25,7 @@ def learner(plan: Plan) -> Iterator[str]:
 
 
 def samplers(plan: Plan) -> Iterator[str]:
-    if not any(kind.who == "sampler" and kind.number for kind in plan.hardware.actors):
+    if not num_replicas(plan.hardware):
         return
     one = plan.fits[0].separate
     if not plan.hardware.sampler_gpus:
@@ -41,13 +42,27 @@ def samplers(plan: Plan) -> Iterator[str]:
     yield f"  cache {one.cache_per_token / 2**10:.0f} KiB a token; {at_a_time} answers at a time want {wanted}"
 
 
+def hosts(plan: Plan) -> Iterator[str]:
+    """What lies in the memory of hosts, where the players are on GPUs."""
+    if plan.hardware.device == "cpu":
+        return
+    comes, learner = plan.fits[0].separate.comes, plan.config.learner
+    yield "Memory of the hosts"
+    if num_replicas(plan.hardware):
+        yield f"  new weights {size(comes)} in /dev/shm, on the first worker's host and on every sampler's"
+    if learner.offload_optimizer:
+        each = (8 + MOMENT_BYTES[learner.optimizer]) * plan.shapes.model.trained / learner.fewest
+        yield f"  master weights, moments and gradients of every worker: {size(each)}"
+    if plan.hardware.takes_turns:
+        yield f"  of every GPU what its resting player had there: up to {size(plan.learner.peak)}, or weights {size(plan.fits[0].shared.weights)}"
+
+
 def fits(plan: Plan) -> Iterator[str]:
     if plan.hardware.device == "cpu":
         fit = plan.fits[0]
-        workers, replicas = plan.config.learner.fewest, plan.config.sampler.fewest
-        each, other = plan.learner.peak, fit.separate.on_cpu()
-        need = size(workers * each + replicas * other)
-        yield f"Does it fit? {workers} × {size(each)} + {replicas} × {size(other)} = {need} of {size(fit.memory)}"
+        players = [(plan.config.learner.fewest, plan.learner.peak), (num_replicas(plan.hardware), fit.separate.on_cpu())]
+        sums = " + ".join(f"{number} × {size(each)}" for number, each in players if number)
+        yield f"Does it fit? {sums} = {size(sum(number * each for number, each in players))} of {size(fit.memory)}"
         yield f"  if all of it is on this machine: {'yes' if fit.fits else 'no'}"
         return
     yield f"Does it fit? A worker takes {size(plan.learner.peak)} and about {size(CONTEXT_BYTES)} that CUDA and NCCL take (assumed)"

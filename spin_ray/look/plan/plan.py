@@ -44,6 +44,7 @@ class Plan:
     learner: Learner
     fits: list[Fit]
     speeds: Speeds
+    job: Job
     iterations: list[Iteration]
     price: float | None
 
@@ -83,9 +84,10 @@ def make_plan(config: Config, asked: Asked, *, base: float | None = None) -> Pla
     inputs = read_inputs(config, asked)
     shapes = _shapes(config, hardware, inputs)
     texts, speeds = inputs.texts, _speeds(config, hardware, shapes, inputs.texts, machine, asked)
+    job = _job(config, hardware, texts)
     return Plan(
         config, inputs, machine, hardware, shapes, learner_of(config, hardware, shapes, texts, base=base),
-        [_fit(config, hardware, inputs, memory) for memory in machine.memories], speeds, iterations(_job(config, hardware, texts), speeds),
+        [_fit(config, hardware, inputs, memory) for memory in machine.memories], speeds, job, iterations(job, speeds),
         asked.price_per_gpu_hour,
     )
 
@@ -109,8 +111,12 @@ def _room(config: Config, hardware: Hardware, memory: float, sampler: Sampler) -
     """Bytes for one rank of the learner: of a GPU, or of a machine that holds all players."""
     if hardware.device == "cuda":
         return memory - CONTEXT_BYTES
-    replicas = sum(kind.number for kind in hardware.actors if kind.who == "sampler")
-    return (memory - replicas * sampler.on_cpu()) / config.learner.fewest
+    return (memory - num_replicas(hardware) * sampler.on_cpu()) / config.learner.fewest
+
+
+def num_replicas(hardware: Hardware) -> int:
+    """That are started."""
+    return sum(kind.number for kind in hardware.actors if kind.who == "sampler")
 
 
 def _speeds(config: Config, hardware: Hardware, shapes: Shapes, texts: Texts, machine: Machine, asked: Asked) -> Speeds:
@@ -125,6 +131,6 @@ def _job(config: Config, hardware: Hardware, texts: Texts) -> Job:
     epochs = [method.num_epochs(t) for t in range(method.num_iterations)]
     return Job(
         texts.num_prompts, texts.prompt, texts.answer, texts.generated(config.sampler.max_new_tokens), epochs,
-        config.spin.replay if method.plays else 0, texts.num_eval, config.sampler.fewest, plays=method.plays,
+        config.spin.replay if method.plays else 0, texts.num_eval, config.sampler.fewest, plays=method.plays, alone=config.method == "sft",
         overlap=config.overlap.mode != "sequential" and not hardware.takes_turns, scorer=method.scorer,
     )

@@ -46,13 +46,13 @@ def learner_of(config: Config, hardware: Hardware, shapes: Shapes, texts: Texts,
     """At its peak. `base`: of a process that has only started, where it is not the worker of a run."""
     layout, on_gpu = layout_of(config, hardware, shapes), hardware.device == "cuda"
     base = (LEARNER_BASE if base is None else base) * (not on_gpu)
-    played, new = config.method != "sft", config.sampler.max_new_tokens
-    in_step = texts.largest_batch(config.learner.batch_pairs, new) / layout.workers
+    alone, new = config.method == "sft", config.sampler.max_new_tokens
+    in_step = texts.largest_batch(config.learner.batch_pairs, new, alone=alone) / layout.workers
     found = []
     for tokens, longest in ((min(in_step, config.learner.pack_tokens), False), (texts.longest_pair, True)):
         if longest and tokens <= config.learner.pack_tokens:
             continue
-        row = texts.row(tokens, max_new_tokens=new, share_prompt=hardware.share_prompt, played=played)
+        row = texts.row(tokens, max_new_tokens=new, share_prompt=hardware.share_prompt, alone=alone)
         if longest:
             row = Row(1.0, tokens * row.trunk / row.tree_tokens, tuple(tokens * branch / row.tree_tokens for branch in row.branches))
         kept, counted = shapes.activations(row, on_gpu=on_gpu)

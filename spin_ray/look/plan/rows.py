@@ -41,24 +41,24 @@ class Texts:
         """Mean tokens of the opponent's answers: like the real ones, as nobody has drawn any yet."""
         return min(self.answer, max_new_tokens)
 
-    def pair(self, max_new_tokens: int) -> float:
-        """Mean tokens of a pair in a packed row: the prompt once, the last token of an answer not."""
-        return self.prompt + self.answer + self.generated(max_new_tokens) - 2
+    def pair(self, max_new_tokens: int, *, alone: bool = False) -> float:
+        """Mean tokens of a pair in a packed row: the prompt once, the last token of an answer not. `alone`: with the real answer only."""
+        return self.prompt + self.answer - 1 + (0 if alone else self.generated(max_new_tokens) - 1)
 
-    def row(self, tokens: float, *, max_new_tokens: int, share_prompt: bool, played: bool) -> Row:
+    def row(self, tokens: float, *, max_new_tokens: int, share_prompt: bool, alone: bool) -> Row:
         """A packed row of so many tokens."""
-        answers = (self.answer - 1, self.generated(max_new_tokens) - 1) if played else (self.answer - 1,)
-        if share_prompt or not played:
+        answers = (self.answer - 1,) if alone else (self.answer - 1, self.generated(max_new_tokens) - 1)
+        if share_prompt or alone:
             return Row(tokens / (self.prompt + sum(answers)), self.prompt, answers)
         return Row(tokens / (self.prompt + max(answers)), self.prompt, (max(answers),))
 
-    def largest_batch(self, pairs: int, max_new_tokens: int) -> float:
+    def largest_batch(self, pairs: int, max_new_tokens: int, *, alone: bool) -> float:
         """Tokens of the largest of many batches."""
-        return pairs * self.pair(max_new_tokens) + 2.5 * math.sqrt(pairs) * self.spread
+        return pairs * self.pair(max_new_tokens, alone=alone) + 2.5 * math.sqrt(pairs) * self.spread
 
 
 def given(prompt: int, answer: int, num_prompts: int, config: Config) -> Texts:
-    longest = prompt + 2 * max(answer, min(answer, config.sampler.max_new_tokens))
+    longest = prompt + answer * (1 if config.method == "sft" else 2)
     source = f"given: {num_prompts:,} prompts of {prompt} tokens, answers of {answer}; all are taken to be alike"
     return Texts(num_prompts, config.data.max_eval_prompts if config.data.eval else 0, prompt, answer, longest, 0.0, source)
 
@@ -72,12 +72,12 @@ def read(config: Config, chat: ChatFormat) -> Texts:
     usable = round(rows * kept)
     num_prompts = min(usable, data.max_prompts or usable)
     heldout = sum(1 for _ in read_rows(data.eval, data.eval_split or data.split)) if data.eval else 0
-    drawn = np.minimum(lengths[:, 1], config.sampler.max_new_tokens)
-    pairs = lengths.sum(1) + drawn
+    other = {"spin": config.sampler.max_new_tokens, "sft": 0, "dpo": lengths[:, 1]}[config.method]  # tokens of the other answer, at most
+    pairs = lengths.sum(1) + np.minimum(lengths[:, 1], other)
     how = "all rows" if rows <= READ else f"the first {READ:,} of {rows:,} rows"
     return Texts(
         num_prompts, min(heldout, data.max_eval_prompts or heldout), *(float(mean) for mean in lengths.mean(0)),
-        int((lengths.sum(1) + config.sampler.max_new_tokens).max()), float(pairs.std()),
+        int((lengths.sum(1) + other).max()), float(pairs.std()),
         f"measured: {how} of {data.train} tokenised; {num_prompts:,} prompts",
     )
 

@@ -62,8 +62,9 @@ def _weights(shapes: Shapes) -> float:
 def _learner(config: Config, shapes: Shapes, texts: Texts, device: Device, share: str) -> Rate:
     """A weight costs 2 FLOPs a token forward, 2 for what goes on to earlier layers, 2 for its own gradient, and 2 computed again."""
     per_weight = 4 + 2 * (config.lora.rank == 0) + 2 * config.learner.activation_checkpointing
-    answers = texts.answer + texts.generated(config.sampler.max_new_tokens)
-    weights = shapes.weights_per_token + shapes.model.head * min(1.0, answers / texts.pair(config.sampler.max_new_tokens))
+    new, alone = config.sampler.max_new_tokens, config.method == "sft"
+    answers = texts.answer + (0 if alone else texts.generated(new))
+    weights = shapes.weights_per_token + shapes.model.head * min(1.0, answers / texts.pair(new, alone=alone))
     rate = config.learner.fewest * MFU * device.flops / (per_weight * weights)
     return Rate(rate, f"assumed: {per_weight} FLOPs a weight and token, {share}")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from itertools import chain
 
-from spin_ray.look.plan.memory_text import changes, fits, learner, samplers
+from spin_ray.look.plan.memory_text import changes, fits, hosts, learner, samplers
 from spin_ray.look.plan.plan import Plan
 from spin_ray.look.plan.sizes import count
 from spin_ray.look.plan.tables import duration, table
@@ -14,7 +14,7 @@ from spin_ray.look.plan.times import Iteration
 
 
 def in_words(plan: Plan) -> list[str]:
-    sections = (_known, _resources, learner, samplers, fits, changes, _rates, _times, _cost)
+    sections = (_known, _resources, learner, samplers, hosts, fits, changes, _rates, _times, _cost)
     return list(chain.from_iterable(section(plan) for section in sections))
 
 
@@ -23,7 +23,8 @@ def _known(plan: Plan) -> Iterator[str]:
     yield f"Plan of run {plan.config.run.name} ({plan.config.method}). Nothing is started."
     yield f"  model   {plan.inputs.path}: {count(model.total)} weights, {count(model.trained)} trained ({plan.inputs.source})"
     yield f"  data    {texts.source}; on average {texts.prompt:.0f} + {texts.answer:.0f} tokens, the longest pair {texts.longest_pair}"
-    yield f"          the opponent's answers are taken to be as long as the real ones, {texts.generated(_new(plan)):.0f} tokens"
+    if plan.job.plays:
+        yield f"          the opponent's answers are taken to be as long as the real ones, {plan.job.generated:.0f} tokens"
     yield f"  device  {plan.machine.source}; {plan.hardware.dtype}"
 
 
@@ -63,8 +64,7 @@ def _rates(plan: Plan) -> Iterator[str]:
 
 
 def _times(plan: Plan) -> Iterator[str]:
-    first, texts = plan.iterations[0], plan.inputs.texts
-    pair = texts.pair(_new(plan))
+    first, pair = plan.iterations[0], plan.job.pair
     yield "Time"
     by = f"{first.pairs:,} pairs × {pair:.0f} tokens × epochs / {plan.speeds.learner.value:,.0f} tokens/s"
     yield f"  training of iteration 0: {by} = {duration(first.train_s)}"
@@ -86,7 +86,3 @@ def _cost(plan: Plan) -> Iterator[str]:
         hours = plan.num_gpus * plan.wall_s / 3600
         price = f" = {hours * plan.price:,.2f} at {plan.price:g} a GPU hour" if plan.price is not None else ""
         yield f"  {plan.num_gpus:g} GPUs × {duration(plan.wall_s)} = {hours:,.1f} GPU hours{price}"
-
-
-def _new(plan: Plan) -> int:
-    return plan.config.sampler.max_new_tokens

@@ -54,12 +54,15 @@ class Job:
     overlap: bool
     """Whether both players compute at the same time."""
     plays: bool
+    alone: bool
+    """Whether real answers are trained on without others."""
     scorer: str
     """Who computes the references, as in methods/; empty: nobody."""
 
     @property
     def pair(self) -> float:
-        return self.prompt + self.answer + self.generated - 2
+        """Tokens in a packed row."""
+        return self.prompt + self.answer - 1 + (0 if self.alone else self.generated - 1)
 
 
 @dataclass(frozen=True)
