@@ -120,3 +120,4 @@ def test_taking_turns_takes_longer_than_overlapping(replicas, learner, sampler):
     job = replace(JOB, replicas=replicas)
     for together, turns in zip(iterations(job, speeds(learner, sampler)), iterations(replace(job, overlap=False), speeds(learner, sampler)), strict=True):
         assert turns.wall_s == pytest.approx(turns.train_s + turns.play_s + 2) and turns.wall_s >= together.wall_s
+        assert turns.replicas_needed == 0

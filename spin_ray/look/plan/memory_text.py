@@ -54,7 +54,8 @@ def hosts(plan: Plan) -> Iterator[str]:
         each = (8 + MOMENT_BYTES[learner.optimizer]) * plan.shapes.model.trained / learner.fewest
         yield f"  master weights, moments and gradients of every worker: {size(each)}"
     if plan.hardware.takes_turns:
-        yield f"  of every GPU what its resting player had there: up to {size(plan.learner.peak)}, or weights {size(plan.fits[0].shared.weights)}"
+        rests = f"up to {size(plan.learner.peak)} of a worker, {size(plan.fits[0].shared.weights)} of a replica"
+        yield f"  what a resting player had on its GPU: {rests}"
 
 
 def fits(plan: Plan) -> Iterator[str]:

@@ -78,7 +78,7 @@ class Iteration:
     sync_s: float
     wall_s: float
     replicas_needed: float
-    """That keep play just hidden behind training; 0 where nothing is played."""
+    """That keep play just hidden behind training; 0 where nothing is played, or both take turns."""
 
 
 def iterations(job: Job, speeds: Speeds) -> list[Iteration]:
@@ -105,6 +105,6 @@ def play_s(job: Job, speeds: Speeds, replayed: int) -> float:
 
 def _needed(job: Job, one_s: float, train_s: float, pairs: int) -> float:
     """By scaling.py, as one kind of pair that takes what both take together."""
-    if not job.plays:
+    if not (job.plays and job.overlap):
         return 0.0
     return needed(PerSampler(drawn=pairs / one_s, scored=0.0, trained=pairs / train_s), pairs, 0) or 0.0
