@@ -48,13 +48,13 @@ say "installing into .venv, which takes some minutes; log: $log"
 pip() { .venv/bin/python -m pip --disable-pip-version-check --no-input "$@" >> "$log" 2>&1; }
 
 if [ "${PROFILE:-cpu}" = gpu ]; then
-  pip install -e ".[gpu,dev]"
+  pip install -e ".[gpu,dev,eval]"
 else
   # torch first and alone: asked for through another package, pip would take the newest CUDA build, gigabytes of it.
   .venv/bin/python -c 'import torch; assert torch.__version__.startswith("2.13.0")' >> "$log" 2>&1 ||
     pip install "torch==2.13.0+cpu" ||
     pip install "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
-  pip install -e ".[cpu,dev]"
+  pip install -e ".[cpu,dev,eval]"
   # The first three come in built for CUDA and then break `import transformers`; SPIN needs text only. Nothing here runs Triton on
   # a CPU, but torch.compile's front end imports it wherever it is found: 66 MiB in every process.
   pip uninstall --yes torchvision torchaudio torchcodec triton

@@ -35,6 +35,18 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     atexit.register(gc.freeze)  # the interpreter's last collection would walk through all libraries once more
+    args = parsed(argv)
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
+    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "10")  # Ray reads it when it is imported
+    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for none
+        del os.environ["RAY_ADDRESS"]
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
+    return ends_in_one_line("spin-ray", lambda: _work(args), only_prints=args.command in ONLY_PRINT)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """A command line; one that is wrong ends the process with what argparse says."""
     parser = argparse.ArgumentParser(prog="spin-ray", description="Self-play fine-tuning (SPIN) as one Ray job.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
@@ -50,19 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         getattr(args, goes_on).extend(rest)
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the run must not start a new Ray
-    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "10")  # Ray reads it when it is imported
-    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for none
-        del os.environ["RAY_ADDRESS"]
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "no cluster": all its ports are on 127.0.0.1
-    return ends_in_one_line("spin-ray", lambda: _work(args), only_prints=args.command in ONLY_PRINT)
+    return args
 
 
 def _work(args: argparse.Namespace) -> int:
-    if args.command != "config":
+    if args.command not in ("config", "doctor"):  # doctor looks itself
         stand_in_for_home()
-        if os.environ.get("RAY_ADDRESS", "auto") not in ("auto", ""):
+        if args.command not in ("chat", "show") and os.environ.get("RAY_ADDRESS", "auto") not in ("auto", ""):
             check_ray_address(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
     code = COMMANDS[args.command].work(args)
     sys.stdout.flush()  # an error comes here, not at the interpreter's end
@@ -83,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
         with without_gc():
             from spin_ray.selfplay import run_method
 
-        run_method(config, origin)
+        run_method(config, origin, quiet=args.quiet)
 
 
 def _config_to_run(args: argparse.Namespace) -> tuple[Config, Origin | None]:
@@ -135,7 +141,7 @@ def _tune(args: argparse.Namespace) -> None:
 def _probe(args: argparse.Namespace) -> None:
     from spin_ray.study.probe import probe
 
-    probe(args.config, args.overrides)
+    probe(args.config, args.overrides, quiet=args.quiet)
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -158,6 +164,27 @@ def _study(args: argparse.Namespace) -> None:
     from spin_ray.study.study import Size, run_study
 
     run_study(args.words, Path(args.out), Size(args.seeds, args.concurrent))
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from spin_ray.look.chat import chat
+
+    chat(
+        args.run, iteration=args.iteration, compare=args.compare, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        system=args.system, seed=args.seed,
+    )
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from spin_ray.look.doctor import doctor
+
+    return doctor(args.words, as_json=args.json)
+
+
+def _show(args: argparse.Namespace) -> None:
+    from spin_ray.look.show import show
+
+    show(args.run, args.key, follow=args.follow, as_json=args.json)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -196,22 +223,50 @@ _FROM_MANIFEST = ("--from-manifest", {
     "metavar": "FILE", "help": "repeat the run that wrote this manifest.jsonl, in place of a config: the same settings, model and data",
 })
 _OVERRIDES = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings that replace the file's, such as spin.beta=0.1"})
+_JSON = ("--json", {"action": "store_true", "help": "the same facts as one JSON object on standard output"})
+_QUIET = ("--quiet", {"action": "store_true", "help": "say nothing but how it ends"})
 _SEARCH = ("search", {"help": "YAML file of what to try, for example conf/search/lr_beta.yaml"})
 
 COMMANDS = {
     "run": Command(
         _run, "Train by the config's method, SPIN if it names none: all iterations, or what is left of them.",
-        (_ITS_CONFIG, _OVERRIDES, _FROM_MANIFEST)),
+        (_ITS_CONFIG, _OVERRIDES, _FROM_MANIFEST, _QUIET)),
     "sft": Command(
         _run, "Supervised fine-tuning of a base model on the same data, what SPIN starts from: run with method=sft.",
-        (_CONFIG, _OVERRIDES)),
+        (_CONFIG, _OVERRIDES, _QUIET)),
     "eval": Command(_eval, "Evaluate the model of the config on its held-out data.", (_CONFIG, _OVERRIDES)),
     "config": Command(_config, "Print the resolved config and where each value came from.", (_CONFIG, _OVERRIDES)),
+    "show": Command(
+        _show, "What a run is doing or how it ended, from its folder or URL, on any machine; it is not disturbed.",
+        (
+            ("run", {"metavar": "RUN|URL", "help": "a run's folder, such as runs/demo, or its URL; or a search's or a study's folder"}),
+            ("key", {"nargs": "?", "default": "", "help": "print this fact alone, such as state, best or progress.left_s"}),
+            ("--follow", {"action": "store_true", "help": "look again every few seconds until the run has ended"}),
+            _JSON,
+        )),
+    "doctor": Command(
+        _doctor, "Is this machine, or the cluster in RAY_ADDRESS, ready for a run; with a config, for this one. Exit code 1 if not.",
+        (
+            ("words", {"nargs": "*", "metavar": "CONFIG|key=value", "help": "YAML file of a run, and settings that replace the file's"}),
+            _JSON,
+        )),
+    "chat": Command(
+        _chat, "Talk to a run's model in the terminal, by plain transformers; lines from a pipe are answered one by one.",
+        (
+            ("run", {"metavar": "RUN", "help": "a run's folder, such as runs/demo, or its URL; or any model's folder"}),
+            ("--iteration", {"type": int, "metavar": "k", "help": "theta_k; 0: where it began (default: the best, else the last one)"}),
+            ("--compare", {"action": "store_true", "help": "theta_0's answers beside the other one's"}),
+            ("--max-new-tokens", {"type": int, "default": 512, "metavar": "n", "help": "longest answer, in tokens (default 512)"}),
+            ("--temperature", {"type": float, "default": 0.0, "metavar": "t", "help": "0 (default): greedy; 1: as the model is"}),
+            ("--system", {"default": "", "metavar": "text", "help": "system text"}),
+            ("--seed", {"type": int, "metavar": "n", "help": "draw the same answers each time"}),
+        )),
     "tune": Command(
         _tune, "Search over keys of the config, such as learning rate and beta: every trial is a run of its own; the same command goes on.",
         (_CONFIG, _SEARCH, _OVERRIDES)),
     "probe": Command(
-        _probe, "What a run would meet, before it is paid for: short tries over learning rate and beta, in words.", (_CONFIG, _OVERRIDES)),
+        _probe, "What a run would meet, before it is paid for: short tries over learning rate and beta, in words.",
+        (_CONFIG, _OVERRIDES, _QUIET)),
     "plan": Command(
         _plan, "What a run needs, whether it fits, how long it takes and what it costs, by arithmetic: nothing is started.",
         (
@@ -247,7 +302,7 @@ COMMANDS = {
         )),
 }
 
-ONLY_PRINT = ("config", "plan")
+ONLY_PRINT = ("config", "plan", "show")
 """Commands that are done when nobody reads on."""
 
 

@@ -49,7 +49,7 @@ def _facts(config: Config, run: RunDir, made: Mapping[str, Any]) -> str:
     prepared, first = ((run.marks(stage) or [{}])[-1] for stage in ("prepared", "theta_0"))
     pairs, objective, sampling = made.get("pairs", {}), made.get("objective", {}), made.get("sampling") or {}
     rows = {
-        "opponent": made.get("opponent"), "data": config.data.train, "prompts (SHA-256)": prepared.get("sha256"),
+        "opponent": f"theta_{made['iteration']}", "data": config.data.train, "prompts (SHA-256)": prepared.get("sha256"),
         "chat template (SHA-256)": session.get("template"), "theta_0 (SHA-256)": first.get("sha256"),
         "pairs": pairs and f"{pairs['new']:,} new ones, SHA-256 {pairs['sha256']}",
         "objective": ", ".join(f"{key} {value}" for key, value in objective.items() if value not in (None, 0, 0.0, "")),

@@ -92,6 +92,11 @@ class ChatFormat:
         except ValueError as error:
             raise BadInput(f"{name}: the chat template cannot be used: {error}") from error
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens on which transformers' `generate` ends a text: the tokenizer's EOS and those of the generation config."""
+        return self.stop_ids & self._eos
+
     def encode(
         self, prompt: Sequence[Message], answer: str | Message, *, tools: list | None = None, notes: Counter | None = None
     ) -> tuple[list[int], list[int]]:
@@ -123,6 +128,10 @@ class ChatFormat:
             if notes is not None and not isinstance(made[-1], ValueError):
                 notes.update(sorted(found))
         return made
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a dialogue up to the generation prompt, for a model that is to answer it. Raises ValueError as `encode` does."""
+        return self.encode(messages, self.template.probe.answer)[0]
 
     def decode(self, answer_ids: Sequence[int]) -> str:
         """The text of an answer, for people and for exact match; never fed back to a model."""

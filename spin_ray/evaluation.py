@@ -1,4 +1,4 @@
-"""Held-out evaluation of opponent versions, with the sampler itself: what is measured, and in a run when.
+"""Evaluation of opponent versions, with the samplers themselves: on held-out data and on tasks (tasks/), and in a run when.
 
 Evaluation fills what the play of theta_t leaves of the samplers' time. What they have not begun when the next weights come is put off
 until those have played their iteration; it is put off once, so that metrics, and the guards that read them, are one iteration late at most.
@@ -15,10 +15,10 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,7 @@ from spin_ray.methods import Method
 from spin_ray.model import ModelFacts, inspect_model, longest_sequence
 from spin_ray.overlap import Overlap
 from spin_ray.placement import Hardware
-from spin_ray.preflight import Proof, proof_pairs, refuse_sampler
+from spin_ray.preflight import FIRST_ROWS, Proof, proof_pairs, refuse_sampler
 from spin_ray.records import NO_LOGPS, PAIR_SCHEMA, Pair, Prompt, PublishedWeights, SamplingSettings, Saved, Version, from_table, to_table
 from spin_ray.reporting import Reporting
 from spin_ray.sampler.pool import EVALUATE, sampling_settings, start_opponent
@@ -49,22 +49,25 @@ from spin_ray.stop import Standing, judge
 from spin_ray.system import ray_cluster
 from spin_ray.theta import Thetas, write_quantized_base
 
+if TYPE_CHECKING:
+    from spin_ray.tasks.harness import Tasks
+
 
 def run_eval(config: Config) -> None:
-    """The command `eval`: metrics of `model.path` on `data.eval`, as one JSON object on standard output."""
-    if not config.data.eval:
-        raise BadInput("data.eval is not set; eval needs held-out data")
+    """The command `eval`: metrics of `model.path` on `data.eval` and on `eval.tasks`, as one JSON object on standard output."""
+    if not (config.data.eval or config.eval.tasks):
+        raise BadInput("neither data.eval nor eval.tasks is set; eval needs held-out data, or tasks of lm-evaluation-harness")
     logs = config.run_path / "logs"
     to_read = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8")  # standard output is for the numbers
     with to_read, captured_output(logs / "eval.log") as to_user:
-        facts, proof, data = inspect_model(config), Proof(), config.data
-        proof.tokens(data.eval, data.eval_split or data.split, config, facts.chat)
-        prompts, counts = load_prompts(
-            data.eval, data, facts.chat, seed=config.run.seed, limit=data.max_eval_prompts, split=data.eval_split or data.split
-        )
-        prompts = prompts[:]
-        max_model_len = longest_sequence(Lengths.of(prompts), config.sampler.max_new_tokens, facts)
-        with ray_cluster(config, learner=False, say=lambda text: print(text, file=to_read)) as hardware:
+        def say(text: str) -> None:
+            print(text, file=to_read)
+
+        facts, proof = inspect_model(config), Proof()
+        tasks = tasks_of(config, facts, say)
+        prompts, counts = _heldout(config, facts, proof)
+        max_model_len = _longest(config, facts, prompts, tasks)
+        with ray_cluster(config, learner=False, say=say) as hardware:
             saved = facts.saved
             if config.model.quantization:
                 saved = Saved(str(RunDir(config.run_path).quantized_base()), saved.adapter)
@@ -72,9 +75,31 @@ def run_eval(config: Config) -> None:
             refuse_sampler(facts, hardware, reloads=False)
             pool, _ = start_opponent(config, saved, 0, hardware, max_model_len=max_model_len, logs=logs, reloads=False)
             pool.release.remote(Version(0))
-            print(proof.line(_sampler_beside_transformers(pool, prompts, saved, hardware, logs)), file=to_read)
-            metrics, _ = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
-        print(json.dumps({"model": facts.adapter or facts.path, "num_prompts": len(prompts), "rows": counts, **metrics}), file=to_user)
+            say(proof.line(_sampler_beside_transformers(pool, prompts or tasks.examples(FIRST_ROWS), saved, hardware, logs)))
+            found: dict[str, Any] = {}
+            if prompts:
+                metrics, _ = evaluate(pool, Version(0), prompts, facts.chat, sampling_settings(config, facts.chat))
+                found = {"num_prompts": len(prompts), "rows": counts, **metrics}
+            if tasks:
+                found |= tasks.evaluate(pool, Version(0)).as_json()
+        print(json.dumps({"model": facts.adapter or facts.path, **found}), file=to_user)
+
+
+def _heldout(config: Config, facts: ModelFacts, proof: Proof) -> tuple[Sequence[Prompt], Mapping[str, int]]:
+    """The held-out prompts, proved, and what became of the rows; none without `data.eval`."""
+    data = config.data
+    if not data.eval:
+        return [], {}
+    split = data.eval_split or data.split
+    proof.tokens(data.eval, split, config, facts.chat)
+    prompts, counts = load_prompts(data.eval, data, facts.chat, seed=config.run.seed, limit=data.max_eval_prompts, split=split)
+    return prompts[:], counts
+
+
+def _longest(config: Config, facts: ModelFacts, prompts: Sequence[Prompt], tasks: Tasks | None) -> int:
+    """What the engine must take, in tokens."""
+    of_prompts = longest_sequence(Lengths.of(prompts), config.sampler.max_new_tokens, facts) if prompts else 0
+    return max(of_prompts, tasks.max_model_len if tasks else 0)
 
 
 def _sampler_beside_transformers(pool: Any, prompts: Sequence[Prompt], saved: Saved, hardware: Hardware, logs: Path) -> str:
@@ -112,15 +137,24 @@ ADVANTAGE_PROMPTS = 256
 """Held-out prompts, the first ones, on which versions are compared with earlier ones: a standard error of 0.03."""
 
 
+def tasks_of(config: Config, facts: ModelFacts, say: Callable[[str], None]) -> Tasks | None:
+    """What `eval.tasks` names, ready to be asked. Raises BadInput, before anything has been started, for what cannot be had."""
+    if not config.eval.tasks:
+        return None
+    from spin_ray.tasks.harness import load_tasks  # lm_eval is loaded by those who ask for it
+
+    return load_tasks(config.eval, facts, say)
+
+
 class Evaluations:
     """Those of one run, each in a thread of its own. `start` and `tied_names` are the main thread's."""
 
     def __init__(
         self, config: Config, method: Method, thetas: Thetas, facts: ModelFacts, heldout: Sequence[Prompt], pool: Any, overlap: Overlap,
-        threads: Threads, reporting: Reporting,
+        threads: Threads, reporting: Reporting, tasks: Tasks | None = None,
     ):
         self._config, self._method, self._thetas, self._run, self._facts = config, method, thetas, (run := thetas.run), facts
-        self._heldout, self._pool = heldout, pool
+        self._heldout, self._tasks, self._pool = heldout, tasks, pool
         self._overlap, self._threads, self._reporting = overlap, threads, reporting
         self._settings = sampling_settings(config, facts.chat)
         self._started: dict[int, Future] = {}
@@ -146,24 +180,44 @@ class Evaluations:
 
     def _evaluate(self, version: int, trained: Mapping[str, Any], before: Future | None) -> None:
         metrics = self._run.evaluations().get(version, {})
-        if self._heldout and not metrics:
+        asks_heldout, asks_tasks = bool(self._heldout and not metrics), self._owes_tasks(version)
+        if asks_heldout or asks_tasks:
             self._overlap.wait_until_may_evaluate(version)
             if before and not before.done():
                 self._catch_up(version, before)
-            metrics, pairs = evaluate(self._pool, Version(version), self._heldout, self._facts.chat, self._settings)
-            beside, of_before = self._beside_earlier(version, pairs) if version else ({}, [])
-            metrics |= beside
-            of_before = [*of_before, *[NO_LOGPS] * (len(pairs) - len(of_before))]
-            table = to_table(pairs, PAIR_SCHEMA).append_column(OF_BEFORE, pa.array(of_before, pa.list_(pa.float32())))
-            write_table(self._run.heldout_answers(version), table, self._run.storage)
-            self._reporting.tracker.log("eval", metrics, opponent_version=version)
-            self._run.mark("evaluation", version=version, metrics=metrics)
+        if asks_heldout:
+            metrics = self._on_heldout(version)
         self._reporting.row(version, metrics, trained)
         if metrics and version:
             name = "real_nll_nats_per_token"
             check_nll(version, metrics[name], self._run.evaluations()[0][name], self._config, self._thetas.name(version))
+        if asks_tasks:
+            self._on_tasks(version)
         if metrics:
             self._judge(version)
+
+    def _on_heldout(self, version: int) -> dict[str, float]:
+        metrics, pairs = evaluate(self._pool, Version(version), self._heldout, self._facts.chat, self._settings)
+        beside, of_before = self._beside_earlier(version, pairs) if version else ({}, [])
+        metrics |= beside
+        of_before = [*of_before, *[NO_LOGPS] * (len(pairs) - len(of_before))]
+        table = to_table(pairs, PAIR_SCHEMA).append_column(OF_BEFORE, pa.array(of_before, pa.list_(pa.float32())))
+        write_table(self._run.heldout_answers(version), table, self._run.storage)
+        self._reporting.tracker.log("eval", metrics, opponent_version=version)
+        self._run.mark("evaluation", version=version, metrics=metrics)
+        return metrics
+
+    def _owes_tasks(self, version: int) -> bool:
+        """Whether the version has not yet been asked what `eval` says."""
+        asked = dataclasses.asdict(self._config.eval)
+        return self._tasks is not None and not any(
+            mark["version"] == version and mark["asked"] == asked for mark in self._run.marks("tasks")
+        )
+
+    def _on_tasks(self, version: int) -> None:
+        numbers = self._tasks.evaluate(self._pool, Version(version))
+        self._run.mark("tasks", version=version, asked=dataclasses.asdict(self._config.eval), **numbers.as_json())
+        self._reporting.tasks(version, numbers.metrics(), numbers.line())
 
     def _beside_earlier(self, version: int, pairs: Sequence[Pair]) -> tuple[dict[str, float], list[np.ndarray]]:
         """The advantage over theta_{version-1}, how far the version is from that and from theta_0, and what it has gained since; and its

@@ -26,6 +26,7 @@ _PROCESSES = {
     "Sampler": "a sampler", "SamplerPool": "the sampler pool", "Coordinator": "the coordinator", "RayTrainWorker": "a learner worker",
     "TrainController": "Ray Train's controller",
 }
+_INTERRUPTED = "interrupted; the same command goes on"
 _LOG_NOTE = "spin_ray wrote the traceback to "
 
 
@@ -82,12 +83,8 @@ def flush_output() -> None:
 def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code and line of an error."""
     if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, "interrupted; the same command goes on"
-    cause = error
-    if "ray" in sys.modules:
-        from spin_ray.system import first_error  # of an error from an actor Ray makes one that is both, its type and RayError
-
-        cause = first_error(error)
+        return EXIT_INTERRUPTED, _INTERRUPTED
+    cause = _cause(error)
     if isinstance(cause, Enough):
         return 0, ""  # the run has said it
     if isinstance(cause, (BadInput, RunStopped)) and (text := _text(cause, whole=True)):
@@ -97,6 +94,26 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         _let_output_vanish()
         return EXIT_FAILED, "stopped: whoever read the output is gone; the same command goes on"
     return EXIT_FAILED, f"{describe(error, cause)}; {_where_it_is_written(error)}"
+
+
+def why_it_ends(error: BaseException) -> str:
+    """What the user will be told of an error that ends a run, without where its traceback is; empty for a run that has said it itself."""
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED
+    cause = _cause(error)
+    if isinstance(cause, Enough):
+        return ""
+    foreseen = isinstance(cause, (BadInput, RunStopped)) and _text(cause, whole=True)
+    return foreseen or describe(error, cause)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What it began with: of an error from an actor Ray makes one that is both, its type and RayError."""
+    if "ray" not in sys.modules:
+        return error
+    from spin_ray.system import first_error
+
+    return first_error(error)
 
 
 def describe(error: BaseException, cause: BaseException) -> str:

@@ -87,6 +87,22 @@ def held(storage: Disk, path: Path) -> Iterator[None]:
             storage.overwrite(path, _FREE)
 
 
+def seen_at_work(storage: Disk, path: Path, *, patience_s: float = 2 * BEAT_S, earlier: Owner | None = None) -> tuple[Owner | None, bool]:
+    """Who has a run, for one who only looks, and whether that process is alive: nothing is locked or written.
+
+    Of a process of another machine a renewed record tells, so it is watched for `patience_s`, unless it differs from `earlier` already.
+    Without an owner, or with a dead one: (the last owner or None, False). Raises BadInput for a damaged record.
+    """
+    owner = _owner(storage, path)
+    if owner is None or owner.machine == _this_machine():
+        return owner, owner is not None and not owner.is_dead()
+    ends, last = time.monotonic() + patience_s, earlier or owner
+    while owner is not None and owner == last and time.monotonic() < ends:
+        time.sleep(min(1.0, patience_s / 10))
+        owner = _owner(storage, path)
+    return owner or last, owner is not None and owner != last
+
+
 def _wait_for_silence(storage: Disk, path: Path, to_user: TextIO) -> None:
     """Return when the run has no living owner; raise BadInput as soon as one shows a sign of life."""
     seen, ends = _owner(storage, path), time.monotonic() + SILENT_S

@@ -25,7 +25,7 @@ from spin_ray.storage import DISK, Disk, open_storage, readable_disk_errors
 _MARKING = threading.Lock()
 """Threads of one process mark stages side by side; `RunDir.locked` keeps other processes out."""
 _APPENDED = ("metrics.jsonl", "timeline.jsonl")
-_DRAWN = ("timeline.png", "report.html", "table.txt", "wandb_id", "wandb", "logs")
+_DRAWN = ("timeline.png", "wandb_id", "wandb", "logs")
 """What the driver's own disk collects; an object store gets it every UPLOAD_S and at the end."""
 UPLOAD_S = 60.0
 CARD = "README.md"
@@ -114,6 +114,11 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def said(self) -> Path:
+        """Every line that the user was told, with its time (UTC)."""
+        return self.logs / "said.log"
 
     def prompts(self, block: int) -> Path:
         return self.prepared() / f"block_{block:05d}.parquet"

@@ -12,6 +12,7 @@ from spin_ray.config import Config
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
 from spin_ray.families import longest_exact, noise, reason_to_refuse, text_part
+from spin_ray.hub import check_on_hub
 from spin_ray.imports import without_gc
 from spin_ray.lengths import Lengths
 from spin_ray.records import Saved
@@ -51,6 +52,8 @@ def inspect_model(config: Config) -> ModelFacts:
     is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1  # a hub name is NAME or OWNER/NAME
     if is_local and not Path(path).is_dir():
         raise BadInput(f"model.path={config.model.path}: no such folder; give one with a model, demo:sft, or a name on the model hub")
+    if not Path(path).is_dir():
+        check_on_hub(path, "model.path")
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         raise BadInput(f"model.path={path}: an adapter without its base; give the base as model.path, and this as model.adapter")
     adapter = str(Path(config.model.adapter).expanduser().absolute()) if config.model.adapter else ""

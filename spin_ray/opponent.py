@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,6 +49,9 @@ from spin_ray.scaling import Scaler
 from spin_ray.system import Neighbours, let_learner_go_first
 from spin_ray.theta import Thetas
 
+if TYPE_CHECKING:
+    from spin_ray.tasks.harness import Tasks
+
 
 class Opponent:
     """All versions of it, one after the other, in one pool of samplers.
@@ -60,15 +63,16 @@ class Opponent:
     def __init__(
         self, config: Config, method: Method, thetas: Thetas, facts: ModelFacts, hardware: Hardware, pool: Any, fleet: Fleet | None,
         learner: Learner, overlap: Overlap, threads: Threads, reporting: Reporting, *, first: Sequence[Prompt], heldout: Sequence[Prompt],
+        tasks: Tasks | None = None,
     ):
         """`first`: of the training prompts, for the audit. `learner` gives snapshots, takes blocks; `fleet` starts replicas."""
         self._config, self._method, self._run, self._hardware, self._pool, self._fleet = config, method, thetas.run, hardware, pool, fleet
         self._learner, self._overlap, self._threads, self._reporting = learner, overlap, threads, reporting
         self._settings = tuple(sampling_settings(config, facts.chat, t) for t in range(method.num_iterations))
-        self._has_heldout = bool(heldout)
+        self._is_evaluated = bool(heldout or tasks)
         self._audited = first[: config.audit.num_prompts]
         self._first_answers = FirstAnswers(config, facts.chat)
-        self._evaluations = Evaluations(config, method, thetas, facts, heldout, pool, overlap, threads, reporting)
+        self._evaluations = Evaluations(config, method, thetas, facts, heldout, pool, overlap, threads, reporting, tasks)
         self._written: dict[int, list[Played]] = defaultdict(list)
         """Iteration -> its new blocks that are finished, in their order."""
         self._snapshots_used: set[int] = set()
@@ -207,7 +211,7 @@ class Opponent:
 
     def evaluate_the_one_before(self, version: int) -> None:
         """theta_{version-1}'s evaluation, put off when the session before ended, or seen by a guard that ended it."""
-        if version and self._has_heldout:
+        if version and self._is_evaluated:
             self._evaluations.start(version - 1, {})
 
     def release(self, version: int, trained: dict[str, Any]) -> None:
@@ -311,7 +315,7 @@ class Bystander:
         return {}
 
     def evaluate_the_one_before(self, version: int) -> None:
-        """There is no held-out data."""
+        """There is nothing to evaluate on."""
 
     def release(self, version: int, trained: dict[str, Any]) -> None:
         self._reporting.row(version, {}, trained)

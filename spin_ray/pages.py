@@ -15,6 +15,7 @@ from spin_ray.look.report.samples import samples_of
 from spin_ray.look.report.story import Story
 from spin_ray.look.report.table import held_out_table
 from spin_ray.look.report.write import NAME, write_own
+from spin_ray.look.stored import Stored
 from spin_ray.theta import Thetas
 from spin_ray.tokenizer import as_text
 
@@ -41,7 +42,7 @@ class Pages:
 
     def answers(self) -> tuple[list[str], list[list[str]]]:
         """What all versions so far have answered to the same prompts: columns and rows of a table."""
-        found = samples_of(Story(self._run), as_text(self._chat.tokenizer), ANSWERS)
+        found = samples_of(Story(Stored(self._run)), as_text(self._chat.tokenizer), ANSWERS)
         text = lambda pieces: "".join(piece[0] for piece in pieces)  # noqa: E731
         rows = [[row["prompt"], text(row["real"]), *map(text, row["answers"])] for row in found.rows]
         return ["prompt", "real", *found.versions], rows

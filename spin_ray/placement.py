@@ -67,7 +67,7 @@ def learner_goes_first(config: Config, *, num_gpus: int, samplers: bool, learner
     With evaluation the samplers need that time: the main player would save it only to wait for them.
     """
     overlap = config.overlap.mode != "sequential" and config.placement.mode != "shared"
-    return samplers and learner and not num_gpus and overlap and not config.data.eval
+    return samplers and learner and not num_gpus and overlap and not (config.data.eval or config.eval.tasks)
 
 
 def choose_hardware(

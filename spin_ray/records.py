@@ -79,6 +79,8 @@ class SamplingSettings:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     """Tokens that end an answer."""
+    stop_texts: tuple[str, ...] = ()
+    """Texts that end an answer, special tokens written out; the answer's tokens go on to the end of the text."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,16 @@ class Completion:
     """[num_tokens] float32, log p of each drawn token at temperature 1, in nats."""
     finish_reason: str
     """"stop": ended by itself; "length": cut at the token limit."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a version says of a given continuation of a text."""
+
+    logp: float
+    """Log-prob of the whole continuation, in nats: the sum over its tokens, in float64."""
+    greedy: bool
+    """Whether greedy decoding would write it: every token of it is the most likely one."""
 
 
 @dataclass(frozen=True)

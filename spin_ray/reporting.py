@@ -18,6 +18,7 @@ import ray
 from spin_ray.background import Threads
 from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
+from spin_ray.data.progress import time_left
 from spin_ray.errors import WeightsLate
 from spin_ray.exchange.pairs import Played, read_pairs
 from spin_ray.learner.messages import Grouped, Proved, StepRecord, TrainReport
@@ -69,14 +70,22 @@ class Reporting:
         self._beginning = threading.Lock()
         self._steps: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
         """Iteration -> metrics of its steps in this session."""
+        self._since: tuple[int, int, float] | None = None
+        """Iteration that is trained, steps that it had when it was first heard of, and when that was (monotonic seconds)."""
 
     def wait_for(self, answer: Future, threads: Threads, who: str, log: str) -> Any:
         """The answer of a player that is starting; every minute the user hears that it is not there. Raises any thread's first error."""
         begun = time.monotonic()
+        self.terminal.status(f"waiting for {who}")
         while not threads.settled(answer, timeout_s=WAITING_S):
             free = ", ".join(f"{name} {ray.available_resources().get(name, 0):g}" for name in ("CPU", "GPU"))
             self.terminal.say(f"still waiting for {who}, {time.monotonic() - begun:.0f} s by now (free: {free}); see {log}")
+        self.terminal.status("")
         return threads.result(answer)
+
+    def becomes(self, version: int) -> None:
+        """theta_version is trained: it is written, and brought to the samplers."""
+        self.terminal.progress("main player", 1, 1, f"iteration {version - 1}  trained; theta_{version} is exported and loaded")
 
     def proved(self, proved: Proved) -> None:
         """The learner's part of the proof at the door, which completes it."""
@@ -101,8 +110,15 @@ class Reporting:
         self._steps[t].append(metrics)
         learnt = "  ".join(f"{name} {value:.3f}" for name, value in _learnt(metrics).items())
         text = f"iteration {t}  step {step + 1}/{record.total_steps}  {learnt}  {metrics['pairs_per_s']:.0f} pairs/s  " \
-               f"waited {metrics['waited_s']:.1f} s"
+               f"waited {metrics['waited_s']:.1f} s{self._left(t, step + 1, record.total_steps)}"
         self.terminal.progress("main player", step + 1, record.total_steps, text)
+
+    def _left(self, t: int, done: int, total: int) -> str:
+        """How long iteration t's training will go on, by its steps in this session."""
+        if not self._since or self._since[0] != t:
+            self._since = t, done, time.monotonic()
+        _, before, begun = self._since
+        return time_left(done - before, total - before, time.monotonic() - begun)
 
     def trained(self, t: int, report: TrainReport, *, num_restarts: int) -> dict[str, Any]:
         """Iteration t as a whole, its steps and spans heard; returns what the table says of its training."""
@@ -117,12 +133,21 @@ class Reporting:
 
     def row(self, version: int, metrics: Mapping[str, float], trained: Mapping[str, Any]) -> None:
         """A version's line of the run's table; `trained`: what `trained` returned of the iteration that made it."""
-        name = f"theta_{version}" if version or not self._from_sft else "SFT"
-        self.terminal.row({"model": name, **metrics, **trained}, self._trained_columns)
+        self.terminal.row({"model": self._name(version), **metrics, **trained}, self._trained_columns)
         if self._pages:
             self._pages.stands(version)
             self.tracker.table("answers", *self._pages.answers())
             self.tracker.model(version, *self._pages.model(version), metrics)
+
+    def tasks(self, version: int, metrics: Mapping[str, float], text: str) -> None:
+        """A version's numbers on `eval.tasks`."""
+        self.tracker.log("tasks", metrics, opponent_version=version)
+        self.terminal.say(f"{self._name(version)}: {text}")
+        if self._pages:
+            self._pages.stands(version)
+
+    def _name(self, version: int) -> str:
+        return f"theta_{version}" if version or not self._from_sft else "SFT"
 
     def play_begins(self, t: int) -> None:
         """Iteration t is released, or its first block turns out to be on disk already; only the first call counts."""
@@ -137,7 +162,8 @@ class Reporting:
         seconds = max(time.monotonic() - play.begun, 1e-9)
         rate = play.drawn / seconds
         doing = f"{rate:,.0f} tok/s" if play.drawn else "re-scoring"
-        self.terminal.progress("opponent", play.pairs, play.total, f"iteration {t}  pairs {play.pairs}/{play.total}  {doing}")
+        left = time_left(play.pairs, play.total, seconds)
+        self.terminal.progress("opponent", play.pairs, play.total, f"iteration {t}  pairs {play.pairs}/{play.total}  {doing}{left}")
         if play.pairs == play.total:
             self.tracker.log("sampler", {"play_s": seconds, "tokens_per_s": rate}, iteration=t, opponent_version=t)
             self._examples(t, read_pairs(path, self._run.storage))

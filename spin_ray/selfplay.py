@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -30,7 +30,9 @@ from spin_ray.background import Threads
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config
 from spin_ray.errors import Diverged, Enough, WeightsLost
+from spin_ray.evaluation import tasks_of
 from spin_ray.exchange.audit import Audit, AuditError
+from spin_ray.exits import why_it_ends
 from spin_ray.guard import FirstLosses, Rollbacks
 from spin_ray.interrupt import Interrupted, Interrupts
 from spin_ray.learner.coordinator import Base
@@ -56,32 +58,44 @@ from spin_ray.theta import Thetas, make_base, thetas_of
 from spin_ray.tracking import Tracker
 from spin_ray.turns import MAIN_PLAYER, OPPONENT, Turns
 
+if TYPE_CHECKING:
+    from spin_ray.tasks.harness import Tasks
 
-def run_method(config: Config, origin: Origin | None = None) -> None:
+
+def run_method(config: Config, origin: Origin | None = None, *, quiet: bool = False) -> None:
     """All iterations of a run, going on where an earlier one stopped; returns when the run is finished. `origin`: what it is to repeat."""
     run = RunDir.open(config)
-    with run.locked(), captured_output(run.logs / "driver.log") as to_user:
-        _run(config, run, Terminal(to_user), origin)
+    with run.locked(), captured_output(run.logs / "driver.log") as to_user, Terminal(to_user, run.said, quiet=quiet) as terminal:
+        try:
+            _run(config, run, terminal, origin)
+        except BaseException as error:
+            if why := why_it_ends(error):
+                terminal.keep(f"spin-ray: {why}")  # it is said when all is shut down
+            raise
 
 
 def _run(config: Config, run: RunDir, terminal: Terminal, origin: Origin | None) -> None:
     method = method_of(config)
     if run.finished:
-        terminal.say(f"{run} is {_outcome(run)}")
+        terminal.conclude(f"{run} is {_outcome(run)}")
         return
     interrupts = Interrupts()
     interrupts.listen()
+    terminal.status(f"reading {config.model.path}'s tokenizer and config")
     facts, proof = inspect_model(config), Proof()
     proof.end(config, facts, terminal.say)
+    tasks = tasks_of(config, facts, terminal.say)
     prepared = prepare(config, run, facts, proof, terminal)
     if origin:
         _check_origin(origin, run, facts, terminal)
     if config.spin.stop != "never" and method.plays and not prepared.heldout:
         terminal.say(f"spin.stop={config.spin.stop} has nothing to go by without data.eval: all iterations will be played")
-    thetas, samplers = thetas_of(config, run, facts), method.plays or bool(prepared.heldout)
+    thetas, samplers = thetas_of(config, run, facts), method.plays or bool(prepared.heldout or tasks)
     max_model_len = longest_sequence(prepared.lengths.and_of(prepared.heldout), config.sampler.max_new_tokens if samplers else 0, facts)
+    max_model_len = max(max_model_len, tasks.max_model_len if tasks else 0)
     with ExitStack() as stack:
         stack.callback(_tell_of_the_end, run, terminal)
+        terminal.status("starting Ray, or joining it")
         hardware = stack.enter_context(ray_cluster(config, samplers=samplers, say=terminal.say))
         interrupts.listen()
         config = as_placed(config, hardware, terminal.say)
@@ -94,8 +108,9 @@ def _run(config: Config, run: RunDir, terminal: Terminal, origin: Origin | None)
         players = stack.enter_context(
             start_players(config, thetas, hardware, max_model_len, proof_pairs(prepared.first), samplers=samplers)
         )
-        with Tracker(config, run.path, terminal.say) as tracker, terminal:
-            SelfPlay(config, thetas, facts, prepared, hardware, players, proof, tracker, terminal, interrupts).play()
+        terminal.status("loading the model: opponent and main player start")
+        with Tracker(config, run.path, terminal.say) as tracker:
+            SelfPlay(config, thetas, facts, prepared, hardware, players, proof, tracker, terminal, interrupts, tasks).play()
 
 
 def _check_origin(origin: Origin, run: RunDir, facts: ModelFacts, terminal: Terminal) -> None:
@@ -109,7 +124,7 @@ def _check_origin(origin: Origin, run: RunDir, facts: ModelFacts, terminal: Term
 
 def _tell_of_the_end(run: RunDir, terminal: Terminal) -> None:
     if run.finished:
-        terminal.say(_outcome(run))
+        terminal.conclude(_outcome(run))
 
 
 def _last_model(run: RunDir) -> str:
@@ -133,7 +148,7 @@ class SelfPlay:
 
     def __init__(
         self, config: Config, thetas: Thetas, facts: ModelFacts, prepared: Prepared, hardware: Hardware, players: Players,
-        proof: Proof, tracker: Tracker, terminal: Terminal, interrupts: Interrupts,
+        proof: Proof, tracker: Tracker, terminal: Terminal, interrupts: Interrupts, tasks: Tasks | None = None,
     ):
         self._config, self._thetas, self._run, self._hardware, self._interrupts = config, thetas, (run := thetas.run), hardware, interrupts
         self._facts = facts
@@ -151,7 +166,7 @@ class SelfPlay:
         else:
             self._opponent = Opponent(
                 config, method, thetas, facts, hardware, players.pool, players.fleet, self._learner, overlap, threads, reporting,
-                first=prepared.first, heldout=prepared.heldout,
+                first=prepared.first, heldout=prepared.heldout, tasks=tasks,
             )
             self._turns = players.turns(self._opponent, self._result)
         self._first_losses = FirstLosses(method, overlap, prepared.lengths.tokens_per_answer, tracker, terminal)
@@ -166,6 +181,7 @@ class SelfPlay:
             self._learner.when_failed(self._end_with_the_learner)
             self._iterations()
             self._threads.finish()
+            self._run.mark("finished")
         except Exception as error:
             original = self._threads.original(error)
             if isinstance(original, Enough):
@@ -178,7 +194,6 @@ class SelfPlay:
             with suppress(ray.exceptions.RayError):  # a pool that has died must not hide why the run ends
                 self._reporting.spans(self._opponent.spans())
             self._reporting.ends()
-        self._run.mark("finished")
 
     def _iterations(self) -> None:
         opponent, asked = self._opponent, self._ask_for(self._first)
@@ -195,6 +210,7 @@ class SelfPlay:
                 self._turns.give_to(MAIN_PLAYER)
                 training = self._post_training(t)
             follow(self._learner, training, self._reports.arrived, self._interrupts)  # line 6
+            self._reporting.becomes(t + 1)
             with self._interrupts.graceful():  # a signal here ends the next iteration's training before it begins
                 made = self._become_opponent(t + 1, training)
             self._all_trained = t + 1 == self._last

@@ -98,12 +98,13 @@ class Disk:
     def checksums(self, folder: Path, wanted: str = "*") -> dict[str, str]:
         """SHA-256 of every file of a folder whose name fits."""
         found = {}
-        for name in sorted(fnmatch.filter(self._file_names(folder), wanted)):
+        for name in sorted(fnmatch.filter(self.file_names(folder), wanted)):
             with self._open(folder / name) as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
         return found
 
-    def _file_names(self, folder: Path) -> list[str]:
+    def file_names(self, folder: Path) -> list[str]:
+        """Files that lie in a folder, without order; none where there is no folder."""
         return [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
 
     def _open(self, path: Path) -> BinaryIO:
@@ -247,8 +248,9 @@ class ObjectStore(Disk):
         with self._readable_errors(folder):
             return super().checksums(folder, wanted)
 
-    def _file_names(self, folder: Path) -> list[str]:
-        return [self._path(info).name for info in self._infos(folder)]
+    def file_names(self, folder: Path) -> list[str]:
+        with self._readable_errors(folder):
+            return [self._path(info).name for info in self._infos(folder)]
 
     def _open(self, path: Path) -> BinaryIO:
         store, key = self._key(path)

@@ -58,9 +58,9 @@ class Timeline:
         return picture
 
 
-def laid_out(run_path: Path) -> tuple[list[Span], list[float]]:
-    """All spans of a run in seconds since it began, without the time between its sessions; and where one session follows another."""
-    return _laid_out(_read(run_path))
+def laid_out(lines: bytes) -> tuple[list[Span], list[float]]:
+    """All spans of a timeline.jsonl in seconds since the run began, without the time between its sessions; and where sessions meet."""
+    return _laid_out(_parsed(lines))
 
 
 def _laid_out(entries: Iterable[tuple[int, Span]]) -> tuple[list[Span], list[float]]:
@@ -84,8 +84,12 @@ def read_spans(run_path: Path) -> list[Span]:
 
 def _read(run_path: Path) -> list[tuple[int, Span]]:
     file = run_path / "timeline.jsonl"
+    return _parsed(file.read_bytes()) if file.exists() else []
+
+
+def _parsed(lines: bytes) -> list[tuple[int, Span]]:
     entries = []
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in lines.splitlines():
         with suppress(json.JSONDecodeError):  # a line that a crash cut short, and what was written behind it
             entries.append(json.loads(line))
     return [(entry.pop("session"), Span(**entry)) for entry in entries]

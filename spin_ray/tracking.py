@@ -27,7 +27,7 @@ def check_wandb(config: Config) -> None:
 
     The key is looked up where W&B does, and the server is asked, which takes at most ten seconds.
     """
-    mode = _mode(config)
+    mode = wandb_mode(config)
     if mode not in ("online", "offline", "disabled"):
         raise BadInput(f"WANDB_MODE={mode}: choose one of online, offline, disabled")
     if mode != "online":
@@ -44,7 +44,8 @@ def check_wandb(config: Config) -> None:
         raise BadInput(f"Weights & Biases: tracking.wandb.mode is online and there is no key; {_REMEDY}")
 
 
-def _mode(config: Config) -> str:
+def wandb_mode(config: Config) -> str:
+    """online, offline or disabled: the environment's WANDB_MODE, or the config's."""
     given = os.environ.get("WANDB_MODE") or config.tracking.wandb.mode
     return {"run": "online", "dryrun": "offline"}.get(given, given)  # W&B's words of old
 
@@ -65,7 +66,7 @@ class Tracker:
         self._file = (run_path / "metrics.jsonl").open("a", buffering=1)
         try:
             self._wandb = wandb.init(
-                mode=_mode(config), project=config.tracking.wandb.project, entity=config.tracking.wandb.entity or None,
+                mode=wandb_mode(config), project=config.tracking.wandb.project, entity=config.tracking.wandb.entity or None,
                 group=config.tracking.wandb.group or None, tags=[config.method, *config.tracking.wandb.tags],
                 name=config.run.name, id=_stable_id(run_path / "wandb_id"), resume="allow", dir=str(run_path), config=flatten(config),
                 settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
@@ -74,7 +75,7 @@ class Tracker:
             raise BadInput(f"Weights & Biases: {in_one_line(error)}; {_REMEDY}") from error
         self._wandb.define_metric("train/global_step")
         self._wandb.define_metric("train/*", step_metric="train/global_step")
-        for group in ("iteration", "eval", "audit", "sync", "sampler"):
+        for group in ("iteration", "eval", "tasks", "audit", "sync", "sampler"):
             self._wandb.define_metric(f"{group}/*", step_metric="opponent_version")
 
     def log(self, group: str, metrics: Mapping[str, Any], **stamp: int) -> None:
@@ -143,7 +144,7 @@ class Tracker:
         with self._lock, self._noting_its_end():
             if not version:
                 artifact.add_reference(_as_url(name), checksum=False)
-                take = self._wandb.use_artifact if _mode(self._config) == "online" else self._wandb.log_artifact
+                take = self._wandb.use_artifact if wandb_mode(self._config) == "online" else self._wandb.log_artifact
                 take(artifact)
                 return
             if folder:

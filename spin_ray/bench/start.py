@@ -10,27 +10,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from spin_ray.bench.common import print_result, told_by_process
 from spin_ray.bench.rows import WRITERS
 from spin_ray.bench.scale import play_prepared
-from spin_ray.bench.slope import processes
+from spin_ray.bench.slope import memory
 from spin_ray.chatter import captured_output
 from spin_ray.config import load_config
 from spin_ray.manifest import RunDir
 from spin_ray.model import inspect_model
 from spin_ray.preflight import Proof
 from spin_ray.prepared import prepare
-from spin_ray.system import ray_cluster
+from spin_ray.system import leave, ray_cluster
 from spin_ray.terminal import Terminal
 
 LIMIT_S = 3600.0
@@ -71,11 +69,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ])
         os.environ["WANDB_MODE"] = "disabled"
         run, facts = RunDir.open(config), inspect_model(config)
-        with Watch(run) as watch:
+        with Watch(run, lambda found: Path(options.one).write_text(json.dumps(found))) as watch:
             prepared = prepare(config, run, facts, Proof(), Terminal(sys.stderr))
             watch.prepared()
-            with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False), suppress(KeyboardInterrupt):
-                watch.end_with_first_step = options.only_first_step
+            with captured_output(run.logs / "driver.log"), ray_cluster(config, samplers=False):
+                watch.ends_there = options.only_first_step
                 play_prepared(config, run, facts, prepared, PROMPTS_PER_S, [PAIRS_PER_S] * options.iterations)
         return watch.found()
 
@@ -83,11 +81,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 class Watch:
     """Looks at this run's processes every half a second: what they hold at most, in MiB, and when the first step is taken."""
 
-    def __init__(self, run: RunDir):
+    def __init__(self, run: RunDir, keep: Callable[[dict[str, Any]], object]):
+        """`keep`: writes down what was found, where all ends with the first step."""
+        self._keep = keep
         self._metrics, self._begun = run.path / "metrics.jsonl", time.monotonic()
         self._highest: dict[str, dict[str, float]] = {}
         self._stage, self._seconds = "prepare", {}
-        self.end_with_first_step = False
+        self.ends_there = False
 
     def __enter__(self) -> Watch:
         self._look()
@@ -117,12 +117,13 @@ class Watch:
             if "first_step_s" not in self._seconds and self._stepped():
                 self._seconds["first_step_s"] = self._passed()
                 self._highest["until the first step"] = dict(self._highest.get("play", {}))
-                if self.end_with_first_step:
-                    os.kill(os.getpid(), signal.SIGINT)
+                if self.ends_there:
+                    self._keep(self.found())
+                    leave(0)  # Ray is not shut down: its threads are at work
 
     def _look(self) -> None:
         stage = self._highest.setdefault(self._stage, {})
-        for name, value in processes().items():
+        for name, value in memory().items():
             stage[name] = max(stage.get(name, 0.0), round(value / 2**20, 1))
 
     def _stepped(self) -> bool:

@@ -5,6 +5,7 @@ checks. `schema.py` puts the sections together and checks across them, `load.py`
 A config is read once, checked, saved with the run and never written again. Importing it imports neither torch nor ray.
 """
 
+from spin_ray.config.eval import EvalConfig
 from spin_ray.config.guard import AuditConfig, GuardConfig
 from spin_ray.config.inputs import DataConfig, ModelConfig
 from spin_ray.config.keys import at
@@ -22,8 +23,9 @@ from spin_ray.config.values import changes_result, differences, flatten, to_json
 from spin_ray.config.weights import WeightsConfig
 
 __all__ = [
-    "AuditConfig", "Config", "DataConfig", "DpoConfig", "GuardConfig", "LearnerConfig", "LoraConfig", "ModelConfig", "OverlapConfig",
-    "PairLossConfig", "PlacementConfig", "ReferenceConfig", "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig", "TrackingConfig",
-    "WandbConfig", "WeightsConfig", "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml", "repeat_config",
+    "AuditConfig", "Config", "DataConfig", "DpoConfig", "EvalConfig", "GuardConfig", "LearnerConfig", "LoraConfig", "ModelConfig",
+    "OverlapConfig", "PairLossConfig", "PlacementConfig", "ReferenceConfig", "RunConfig", "SamplerConfig", "SftConfig", "SpinConfig",
+    "TrackingConfig", "WandbConfig", "WeightsConfig", "at", "changes_result", "check", "differences", "flatten", "load_config", "read_yaml",
+    "repeat_config",
     "to_json", "with_overrides",
 ]

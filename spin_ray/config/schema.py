@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from spin_ray.config.cluster import ClusterConfig
+from spin_ray.config.eval import EvalConfig
 from spin_ray.config.guard import AuditConfig, GuardConfig
 from spin_ray.config.inputs import DataConfig, ModelConfig
 from spin_ray.config.keys import check_limits, check_schedules, one_of
@@ -49,6 +50,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property

@@ -11,7 +11,7 @@ from spin_ray.config.keys import scheduled
 from spin_ray.config.schema import Config, decided_scorer
 
 RESUME_MAY_CHANGE = (
-    "preset", "data.num_processes", "tracking.", "run.dir", "run.scratch", "run.keep_",
+    "preset", "data.num_processes", "eval.", "tracking.", "run.dir", "run.scratch", "run.keep_",
     "guard.on_divergence", "guard.max_", "guard.num_answers",
     "sampler.num_replicas", "sampler.tensor_parallel_size", "sampler.gpu", "sampler.cpus_per_replica", "sampler.max_num_seqs",
     "sampler.request_timeout_s", "sampler.heartbeat_timeout_s", "sampler.max_restarts", "sampler.restart_window_s",

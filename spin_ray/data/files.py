@@ -35,6 +35,7 @@ from spin_ray.data.arrow_files import arrow, parquet, without_none
 from spin_ray.data.text_files import Rows, comma_separated, json_file, json_lines, not_utf8, tab_separated
 from spin_ray.demo import resolve
 from spin_ray.errors import BadInput
+from spin_ray.hub import check_on_hub
 
 TEXT_READERS: dict[str, Callable[[IO[bytes], Path], Rows]] = {
     ".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file, ".csv": comma_separated, ".tsv": tab_separated,
@@ -61,6 +62,7 @@ def read_rows(source: str, split: str) -> Rows:
     elif _ending(path) or source.startswith((".", "/", "~")):
         raise BadInput(f"{source}: no such file")
     else:
+        check_on_hub(source, "data", kind="dataset")
         yield from _loaded(source, split, lambda datasets: datasets.load_dataset(source, split=split))
 
 

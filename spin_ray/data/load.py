@@ -79,16 +79,17 @@ def load_both(config: Config, chat: ChatFormat, say: Say, show: Say | None = Non
 
 def load_prompts(
     source: str, config: DataConfig, chat: ChatFormat, *, seed: int, limit: int = 0, split: str = "", preferences: bool = False,
-    say: Say | None = None, show: Say | None = None, scratch: Path | None = None,
+    say: Say | None = None, show: Say | None = None, scratch: Path | None = None, first: int = 0,
 ) -> tuple[Prompts, dict[str, int]]:
     """Read and tokenise `source`; returns prompts in seeded order and the count of rows under every rule.
 
     `prompt_id` is the position in what is returned. `limit` > 0 keeps the first that many. `split` is data.split if empty.
     With `preferences` rows must have a rejected answer too. `say` gets the first of the rows that were dropped as bad; `show` how far a
     long reading has got, each in place of the last. `scratch`: a folder with room for the token ids, until the prompts are read.
+    `first` > 0: read so many rows and no more.
     Raises BadInput naming file and line for the first row a rule refuses, or if nothing is left.
     """
-    rows, loading = read_rows(source, split or config.split), _Loading(config, scratch)
+    rows, loading = itertools.islice(read_rows(source, split or config.split), first or None), _Loading(config, scratch)
     with Progress(source, show) as progress:
         for batch in encoded(Encoder(chat, config, preferences), rows, processes_for(chat, config.num_processes)):
             loading.add(*batch)

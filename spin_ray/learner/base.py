@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from spin_ray.learner.adapter import linear_layers
-from spin_ray.learner.engine import load_model
 from spin_ray.learner.export import read_beside, write_model
+from spin_ray.learner.loading import load_model
 from spin_ray.learner.names import FolderNames
 from spin_ray.learner.quantized import plain, quantize
 

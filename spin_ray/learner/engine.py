@@ -20,16 +20,13 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.tensor_fragment import fragment_address
-from safetensors import SafetensorError
-from transformers import AutoConfig
 
 from spin_ray.config import LearnerConfig
-from spin_ray.errors import BadInput, in_one_line
+from spin_ray.errors import BadInput
 from spin_ray.exchange.adapters import AdapterFiles
-from spin_ray.families import auto_class
-from spin_ray.learner import attention
 from spin_ray.learner.adapter import Adapter, linear_layers
 from spin_ray.learner.export import check_export_names, read_beside, write_model
+from spin_ray.learner.loading import load_model
 from spin_ray.learner.logps import PolicyLogps, body
 from spin_ray.learner.meters import ModelFlops, peak_flops, peak_memory_gib, row_use
 from spin_ray.learner.modes import checkpoint_activations, layers_of, quieten
@@ -41,7 +38,6 @@ from spin_ray.learner.recut import Shards, num_ranks, take_up
 from spin_ray.learner.resting import Resting
 from spin_ray.learner.sharded import read_in_shards
 from spin_ray.losses import GENERATED, REAL, LikelihoodObjective, PairLogps, PairObjective
-from spin_ray.model import refuse_unsupported
 from spin_ray.placement import Hardware
 from spin_ray.places import drop_left_build_locks
 from spin_ray.records import NUM_ANSWERS, NUM_PARTS, Pair, Saved
@@ -416,34 +412,6 @@ class MainPlayer:
             raise BadInput(f"{name}: this checkpoint cannot be loaded ({what}); {_REMEDY}") from error
         if path is None:
             raise BadInput(f"{name}: DeepSpeed found no complete checkpoint; {_REMEDY}")
-
-
-def load_model(model_path: str, **options: Any) -> Any:
-    """The model with packed attention; transformers' own code, weights from safetensors: a folder's code and pickles do not run here.
-
-    Raises BadInput for a family that would not be computed exactly, and for weights that cannot be loaded.
-    """
-    config = _config_of(model_path)
-    refuse_unsupported(config, model_path)
-    try:
-        return auto_class(config).from_pretrained(
-            model_path, config=config, use_safetensors=True, attn_implementation=attention.NAME, trust_remote_code=False, **options
-        )
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{model_path}: no weights in safetensors can be loaded from there: {str(error).splitlines()[0]}") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise BadInput(f"{model_path}: its weights have other shapes than its config.json says: {in_one_line(error)}") from error
-
-
-def _config_of(model_path: str) -> Any:
-    if Path(model_path).is_absolute() and not Path(model_path).is_dir():
-        raise BadInput(f"{model_path}: no such folder; every host must have it")
-    try:
-        return AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{model_path}: its config.json cannot be read: {str(error).splitlines()[0]}") from error
 
 
 _BUCKET_ELEMENTS = 50_000_000

@@ -128,7 +128,7 @@ def plain_real_logps(saved: Saved, dtype: str, pairs: Sequence[Pair], log_path: 
 
     with without_gc():
         from spin_ray.learner.adapter import Adapter
-        from spin_ray.learner.engine import load_model
+        from spin_ray.learner.loading import load_model
         from spin_ray.learner.proof import as_transformers_means_it, plain_logps
 
     lm = load_model(saved.model, dtype=getattr(torch, dtype))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from spin_ray.config import Config
-from spin_ray.losses import PairObjective
 from spin_ray.methods.given import Given
 from spin_ray.methods.pairs import pair_objective
 from spin_ray.records import NO_LOGPS, Pair, Prompt, real_only
+
+if TYPE_CHECKING:
+    from spin_ray.losses import PairObjective
 
 
 class Dpo(Given):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from spin_ray.losses import LikelihoodObjective, PairObjective
 from spin_ray.records import Pair, Prompt
+
+if TYPE_CHECKING:
+    from spin_ray.losses import LikelihoodObjective, PairObjective
 
 
 class Method(Protocol):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from spin_ray.config import Config
-from spin_ray.losses import LikelihoodObjective
 from spin_ray.methods.given import Given
 from spin_ray.records import Pair, Prompt, real_only
+
+if TYPE_CHECKING:
+    from spin_ray.losses import LikelihoodObjective
 
 
 class Sft(Given):
@@ -19,4 +23,6 @@ class Sft(Given):
         return real_only(prompt, 0)
 
     def objective(self, t: int) -> LikelihoodObjective:
+        from spin_ray.losses import LikelihoodObjective  # not at the top: it loads torch
+
         return LikelihoodObjective()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from spin_ray.config import Config, SpinConfig, at
-from spin_ray.losses import PairObjective
 from spin_ray.methods.pairs import pair_objective
 from spin_ray.records import Pair, Prompt
+
+if TYPE_CHECKING:
+    from spin_ray.losses import PairObjective
 
 
 class Spin:

@@ -15,7 +15,7 @@ from spin_ray.config import WeightsConfig
 from spin_ray.errors import BadInput, EngineFailed
 from spin_ray.imports import without_gc
 from spin_ray.placement import MEMORY_SHARE, own_devices
-from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Version
+from spin_ray.records import Completion, Devices, Likelihood, PublishedWeights, SamplingSettings, Saved, Version
 from spin_ray.storage import DISK, Disk
 from spin_ray.transport import transport_of
 
@@ -115,6 +115,11 @@ class Sampler:
     async def score(self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probs of given answers, one array [num_answer_tokens] each, in nats."""
         futures = [self._engine.score(version, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    async def likelihood(self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[Likelihood]:
+        """What the model says of given continuations, one of each prompt."""
+        futures = [self._engine.likelihood(version, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
     async def play(

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from spin_ray.errors import EngineFailed, WrongVersion
 from spin_ray.exchange.adapters import AdapterFiles, read_adapter
-from spin_ray.records import Completion, SamplingSettings, Saved, Version
+from spin_ray.records import Completion, Likelihood, SamplingSettings, Saved, Version
 
 
 class OpponentEngine:
@@ -74,6 +74,22 @@ class OpponentEngine:
         return self._submit(
             version, tokens, _scoring(), future, lambda output: future.set_result(_first_logps(output.prompt_logprobs)[-num_answer:])
         )
+
+    def likelihood(self, version: Version, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Future[Likelihood]:
+        """What `version` says of a given continuation of at least one token, behind at least one. Continuations of one prompt share what
+        was computed of it: the prefix cache is read as in `play`.
+        """
+        future: Future[Likelihood] = Future()
+        tokens, num_answer = [*prompt_ids, *answer_ids], len(answer_ids)
+
+        def scored(output: Any) -> None:
+            if output.num_cached_tokens < len(prompt_ids):
+                future.set_result(_likelihood(output.prompt_logprobs, answer_ids))
+            else:
+                self._add(tokens, _scoring(beside=1), future, scored)
+
+        assert num_answer and len(prompt_ids), "a first token has no log-prob"
+        return self._submit(version, tokens, _scoring(read_cache=True, beside=1), future, scored)
 
     def play(
         self, version: Version, prompt_ids: Sequence[int], settings: SamplingSettings, answer_ids: Sequence[int]
@@ -318,17 +334,19 @@ def _drawing(settings: SamplingSettings) -> Any:
 
     return SamplingParams(
         temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens, stop_token_ids=list(settings.stop_ids),
-        logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY,
+        detokenize=bool(settings.stop_texts), stop=list(settings.stop_texts), skip_special_tokens=False,
     )
 
 
-def _scoring(*, read_cache: bool = False) -> Any:
+def _scoring(*, read_cache: bool = False, beside: int = 0) -> Any:
+    """Log-probs of a given text, and of the `beside` most likely tokens in every place."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_reading_prefix_cache=not read_cache,
+        temperature=0.0, max_tokens=1, prompt_logprobs=beside, flat_logprobs=True, detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY, skip_reading_prefix_cache=not read_cache,
     )
 
 
@@ -341,3 +359,12 @@ def _first_logps(flat: Any) -> np.ndarray:
     """Of vLLM's FlatLogprobs, the first entry of every position: the token itself. Positions without any are skipped."""
     starts = [start for start, end in zip(flat.start_indices, flat.end_indices, strict=True) if end > start]
     return np.array([flat.logprobs[start] for start in starts], np.float32)
+
+
+def _likelihood(flat: Any, answer_ids: Sequence[int]) -> Likelihood:
+    """Of vLLM's FlatLogprobs with one token beside the given one: at each place the given token comes first, the most likely one next."""
+    starts = [start for start, end in zip(flat.start_indices, flat.end_indices, strict=True) if end > start][-len(answer_ids) :]
+    given = [flat.token_ids[start] for start in starts]
+    assert given == [int(token) for token in answer_ids], "vLLM's log-probs are of other tokens"
+    most_likely = [flat.token_ids[start + 1] for start in starts]
+    return Likelihood(math.fsum(flat.logprobs[start] for start in starts), given == most_likely)

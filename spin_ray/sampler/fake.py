@@ -16,7 +16,7 @@ import ray
 
 import spin_ray.exchange.weights  # noqa: F401 - buckets are of its type: torch is loaded at the start, as in a real sampler
 from spin_ray.errors import EngineFailed, WrongVersion
-from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Version
+from spin_ray.records import Completion, Devices, Likelihood, PublishedWeights, SamplingSettings, Version
 
 
 class FakeSampler:
@@ -65,6 +65,11 @@ class FakeSampler:
         await self._work("score", version, len(prompts))
         return [np.full(len(answer), -1.0, np.float32) for answer in answers]
 
+    async def likelihood(self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[Likelihood]:
+        """One nat for each token; a continuation is greedy if it is of the tokens that `sample` would draw."""
+        await self._work("score", version, len(prompts))
+        return [Likelihood(-float(len(answer)), self._begins(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+
     async def play(
         self, version: Version, prompts: Sequence[np.ndarray], settings: SamplingSettings, answers: Sequence[np.ndarray]
     ) -> list[tuple[Completion, np.ndarray]]:
@@ -95,6 +100,10 @@ class FakeSampler:
             self._hangs_since = min(self._hangs_since, time.monotonic())
             await _forever()
 
+    def _begins(self, prompt: np.ndarray, answer: np.ndarray) -> bool:
+        drawn = self._completion(prompt, SamplingSettings(0.0, 1.0, len(answer), ())).token_ids
+        return np.array_equal(drawn, answer)
+
     def _completion(self, prompt: np.ndarray, settings: SamplingSettings) -> Completion:
         digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
         ids = np.resize(np.frombuffer(digest, np.uint8), min(self._answer_tokens, settings.max_new_tokens)).astype(np.int32)
@@ -119,7 +128,7 @@ class FleetMember:
     """Stands where the handle of a sampler's actor is expected: `member.sample.remote(...)`."""
 
     def __init__(self, fleet: Any, member: int):
-        for verb in ("ready", "sample", "score", "play", "load", "sleep", "wake", "stuck_s"):
+        for verb in ("ready", "sample", "score", "likelihood", "play", "load", "sleep", "wake", "stuck_s"):
             setattr(self, verb, _Verb(fleet, member, verb))
         self._fleet = fleet
 

@@ -43,7 +43,7 @@ from spin_ray.chat import ChatFormat
 from spin_ray.config import Config, at
 from spin_ray.errors import EngineFailed, TransferFailed, WeightsLost, WrongVersion, in_one_line
 from spin_ray.placement import Hardware, beside_driver
-from spin_ray.records import Completion, Devices, PublishedWeights, SamplingSettings, Saved, Span, Version
+from spin_ray.records import Completion, Devices, Likelihood, PublishedWeights, SamplingSettings, Saved, Span, Version
 from spin_ray.sampler.actor import Sampler, SamplerArgs
 from spin_ray.storage import DISK, Disk
 
@@ -271,6 +271,15 @@ class SamplerPool:
         """Log-probs of each given answer, [num_answer_tokens], in nats."""
         return await self._ask(
             version, (urgency, order), len(prompts), lambda part: lambda s: s.score.remote(version, prompts[part], answers[part]),
+            tokens_each=1,
+        )
+
+    async def likelihood(
+        self, version: Version, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], urgency: int = EVALUATE, order: int = 0
+    ) -> list[Likelihood]:
+        """What the version says of given continuations, one of each prompt."""
+        return await self._ask(
+            version, (urgency, order), len(prompts), lambda part: lambda s: s.likelihood.remote(version, prompts[part], answers[part]),
             tokens_each=1,
         )
 

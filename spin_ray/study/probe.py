@@ -87,7 +87,7 @@ class Try:
         return self.advantage_accuracy - VISIBLE * self.advantage_accuracy_se > 0.5
 
 
-def probe(config_path: str, overrides: Sequence[str]) -> None:
+def probe(config_path: str, overrides: Sequence[str], *, quiet: bool = False) -> None:
     """Print what a run of this config would meet, and write it to runs/<name>-probe/probe.json."""
     config, _ = load_config(config_path, overrides)
     if config.method != "spin":
@@ -99,7 +99,8 @@ def probe(config_path: str, overrides: Sequence[str]) -> None:
     with run.locked(), captured_output(run.logs / "driver.log") as to_user:
         for left in ("manifest.jsonl", run.prepared().name, START, REPORT):  # by a probe of data that may have changed
             run.storage.remove(run.path / left)
-        _probe(config, small, run, Terminal(to_user))
+        with Terminal(to_user, quiet=quiet) as terminal:
+            _probe(config, small, run, terminal)
 
 
 def _probe(config: Config, small: Config, run: RunDir, terminal: Terminal) -> None:
@@ -132,7 +133,7 @@ def _probe(config: Config, small: Config, run: RunDir, terminal: Terminal) -> No
     with run.storage.written(run.path / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     for line in in_words(report, config, num_prompts, time.monotonic() - begun):
-        terminal.say(line)
+        terminal.conclude(line)
 
 
 def _parts(train: Sequence[Prompt], heldout: Sequence[Prompt], config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:

@@ -11,6 +11,8 @@ import torch
 from spin_ray.__main__ import main
 from spin_ray.bench import memory
 
+pytestmark = pytest.mark.slow
+
 KEYS = {
     "ours_pairs_per_s", "trl_pairs_per_s", "ratio", "trl_best_pairs_per_s", "ratio_best", "naive_pairs_per_s", "ratio_naive",
     "ours_peak_gib", "trl_peak_gib", "memory_ratio", "loss_difference",

@@ -13,6 +13,8 @@ from watching import records, steps, wait_for
 NUM_STEPS = 40 * 30
 HOLDS_A_CPU = """
 import ray
+
+pytestmark = pytest.mark.slow
 ray.init(address="auto")
 actor = ray.remote(num_cpus=1)(type("Hog", (), {"here": lambda self: "held"})).remote()
 print(ray.get(actor.here.remote()), flush=True)

@@ -15,6 +15,8 @@ from spin_ray.learner.base import write_base
 from spin_ray.learner.engine import load_model
 from spin_ray.learner.quantized import plain, quantize, true_shape
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -14,6 +14,8 @@ from spin_ray.bench.workload import ADAPTER, save_adapter
 from spin_ray.learner.engine import _load_known_types
 from spin_ray.learner.recut import MASTERS, Shards, num_ranks
 
+pytestmark = pytest.mark.slow
+
 SHARDED = [name for name in SETUPS if name != "zero_0"]
 
 

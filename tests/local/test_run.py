@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spin_ray.heldout import OF_BEFORE
 from spin_ray.records import PAIR_SCHEMA, Pair, from_table
 from spin_ray.timeline import read_spans
 
@@ -67,7 +69,8 @@ def finished(tmp_path_factory) -> Path:
 
 def test_outputs_are_all_there(finished):
     stages = [mark["stage"] for mark in manifest(finished)]
-    assert [stage for stage in stages if stage not in ("checksums", "evaluation")] == ["prepared", "iteration", "iteration", "finished"]
+    told = [stage for stage in stages if stage not in ("checksums", "evaluation", "session", "theta_0")]
+    assert told == ["prepared", "iteration", "iteration", "finished"] and stages.count("session") == stages.count("theta_0") == 1
     assert [mark["version"] for mark in manifest(finished) if mark["stage"] == "evaluation"] == [0, 1, 2]
     assert stages.count("checksums") == 2 and stages[-1] == "finished"
     for name in ("config.json", "metrics.jsonl", "logs/sampler-0.log", "logs/sampler-1.log", "logs/learner-0.log", "logs/driver.log"):
@@ -75,6 +78,52 @@ def test_outputs_are_all_there(finished):
     assert list(finished.glob("wandb/offline-run-*/run-*.wandb"))
     assert all((finished / f"iter_00{t}/model/model.safetensors").is_file() for t in (0, 1))
     assert (finished / "iter_001/checkpoint/state").is_dir() and not (finished / "iter_000/checkpoint").exists()  # only the newest
+
+
+def test_people_find_a_report_a_table_and_model_cards(finished):
+    page = (finished / "report.html").read_text()
+    assert "theta_2" in page and len(page) < 5e6 and '"rows":[{"prompt":' in page
+    header, *rows = (finished / "table.txt").read_text().splitlines()
+    assert "exact_match_t1_share_se" in header and [row.split()[0] for row in rows] == ["SFT", "theta_1", "theta_2"]
+    for t in (0, 1):
+        _, metadata, text = (finished / f"iter_00{t}/model/README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(metadata)["library_name"] == "transformers"
+        assert f"theta_{t + 1} | " in text and f"theta_{t + 2} | " not in text  # no version knows a later one
+        made = [mark for mark in manifest(finished) if mark["stage"] == "iteration"][t]
+        assert made["pairs"]["sha256"] in text and made["pairs"]["new"] == 40 and made["sampling"]["temperature"] == 0
+
+
+def test_more_iterations_may_be_asked_of_a_finished_run(finished):
+    run = finished.parent / "more"
+    shutil.copytree(finished, run)
+    (run / "config.json").write_text((run / "config.json").read_text().replace('"name": "two"', '"name": "more"'))
+    before = snapshot(run)
+    done = run_small(finished.parent, "more", *TWO, "spin.num_iterations=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [mark["stage"] for mark in manifest(run) if mark["stage"] in ("iteration", "finished", "extended")] == [
+        "iteration", "iteration", "finished", "extended", "iteration", "finished"]
+    assert [mark["report"]["first_loss"] for mark in manifest(run) if mark["stage"] == "iteration"] == pytest.approx([0.693147] * 3, abs=1e-4)
+    after = snapshot(run)
+    assert all(after[name] == fact for name, fact in before.items() if name.startswith(("iter_000/pairs", "iter_001/pairs", "iter_000/model/model")))
+    again = run_small(finished.parent, "more", *TWO, "spin.num_iterations=3")
+    assert again.returncode == 0 and "is finished" in again.stdout
+    fewer = run_small(finished.parent, "more", *TWO)
+    assert fewer.returncode == 2 and "spin.num_iterations: 3 -> 2" in fewer.stderr
+
+
+def test_a_manifest_repeats_its_run(finished):
+    done = spin_ray("run", "--from-manifest", finished / "manifest.jsonl", "run.name=repeated", "--quiet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("finished: the model is") and done.stdout.count("\n") == 1
+    runs = finished, finished.parent / "repeated"
+    made = [[mark for mark in manifest(run) if mark["stage"] == "iteration"] for run in runs]
+    assert [mark["pairs"] for mark in made[0]] == [mark["pairs"] for mark in made[1]]  # greedy
+    inputs = [{mark["stage"]: mark.get("sha256") or mark.get("template") for mark in manifest(run) if mark["stage"] in ("prepared", "theta_0", "session")} for run in runs]
+    assert inputs[0] == inputs[1]
+    itself = spin_ray("run", "--from-manifest", finished / "manifest.jsonl")
+    assert itself.returncode == 2 and "that is the run itself" in itself.stderr
+    other = spin_ray("run", "--from-manifest", finished / "manifest.jsonl", "run.name=other", "data.max_prompts=39")
+    assert other.returncode == 2 and "data.train, data.max_prompts" in other.stderr
 
 
 def test_pairs_have_their_schema_and_versions_without_gap_or_duplicate(finished):
@@ -139,7 +188,7 @@ def test_every_metric_is_in_the_docs(finished):
 
 def test_the_held_out_advantage_is_what_the_answers_on_disk_and_the_models_give(finished):
     """Of theta_1 over theta_0, by transformers: r(y) - r(y') from the two exported models."""
-    pairs = from_table(pq.read_table(finished / "heldout/theta_000.parquet").cast(PAIR_SCHEMA), Pair)
+    pairs = from_table(pq.read_table(finished / "heldout/theta_000.parquet").select(PAIR_SCHEMA.names).cast(PAIR_SCHEMA), Pair)
     lm = AutoModelForCausalLM.from_pretrained(finished / "iter_000/model", dtype=torch.float32)
 
     def logp(pair, answer):
@@ -151,6 +200,8 @@ def test_the_held_out_advantage_is_what_the_answers_on_disk_and_the_models_give(
         gained = np.array([
             logp(p, p.real_ids) - p.opponent_real_logps.sum() - logp(p, p.generated_ids) + p.opponent_generated_logps.sum() for p in pairs
         ])
+        kept = pq.read_table(finished / "heldout/theta_001.parquet").column(OF_BEFORE).to_pylist()
+        assert [sum(row) for row in kept] == pytest.approx([logp(p, p.generated_ids) for p in pairs], abs=1e-3)
     same = np.array([np.array_equal(p.real_ids, p.generated_ids) for p in pairs])
     assert len(pairs) == 24 and metrics(finished, "eval/advantage_nats")[0] == pytest.approx(gained.mean(), abs=1e-3)
     assert metrics(finished, "eval/advantage_accuracy")[0] == pytest.approx(np.where(same, 0.5, gained > 0).mean(), abs=1e-6)

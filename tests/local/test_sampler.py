@@ -21,6 +21,7 @@ from spin_ray.records import SamplingSettings, Saved, Version
 from spin_ray.sampler.engine import OpponentEngine
 
 PROMPT = [3, 50, 60, 70, 1, 4]
+GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, max_new_tokens=12, stop_ids=())
 SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=24, stop_ids=tuple(range(1, 30)))
 
 
@@ -167,6 +168,11 @@ def test_a_prompt_is_computed_once_for_both_its_answers_and_the_scores_are_the_s
                 np.testing.assert_allclose(scored, expected, atol=1e-4)
                 np.testing.assert_allclose(completion.logps, transformers_logps(model, prompt, completion.token_ids), atol=1e-4)
                 scores = [number for logprobs, number in cached if logprobs is not None]
+                best = engine.sample(Version(0), prompt, GREEDY).result(60).token_ids
+                for continuation, greedy in ((answer, False), (best, True), (best[:1], True), (answer[:1], answer[0] == best[0])):
+                    found = engine.likelihood(Version(0), prompt, continuation).result(60)
+                    assert found.logp == pytest.approx(transformers_logps(model, prompt, continuation).sum(), abs=1e-3)
+                    assert found.greedy == greedy
                 assert scores[-1] < length and (again or scores == ([length, 0] if length % 32 == 0 else [length // 32 * 32]))
         with pytest.raises(ValueError, match="leave no room"):
             engine.play(Version(0), rng.integers(30, 500, 100), SAMPLED, rng.integers(30, 500, 40)).result(60)

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "spin_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 VENDORS = {
-    "vllm": ("sampler/", "transport/", "bench/script_way.py"), "deepspeed": ("learner/",), "peft": ("learner/adapter.py", "bench/contestants.py"), "bitsandbytes": ("learner/quantized.py",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",),
+    "vllm": ("sampler/", "transport/", "bench/script_way.py"), "deepspeed": ("learner/",), "peft": ("learner/adapter.py", "bench/contestants.py"), "bitsandbytes": ("learner/quantized.py",), "ray.train": ("learner/",), "wandb": ("tracking.py",), "optuna": ("study/",), "omegaconf": ("config/",), "lm_eval": ("tasks/",),
 }
 
 
@@ -29,7 +29,7 @@ def test_one_vendor_one_place(vendor):
 
 
 LAYERS = [
-    ("errors.py", "families.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py", "imports.py"),
+    ("errors.py", "families.py", "__init__.py", "demo/__init__.py", "exchange/__init__.py", "bench/__init__.py", "imports.py", "hub.py"),
     ("config/",),
     ("background.py", "storage.py", "spool.py"),
     ("records.py", "lengths.py", "tokenizer.py", "rendering.py", "markers.py", "leftout.py", "template.py", "chat.py", "tokenproof.py", "data/", "losses.py", "methods/", "heldout.py", "stop.py", "manifest.py",
@@ -37,9 +37,11 @@ LAYERS = [
      "model.py", "system.py", "lock.py", "overlap.py", "timeline.py", "interrupt.py", "exits.py",
      "places.py", "address.py", "turns.py", "room.py", "scaling.py", "provenance.py"),
     ("exchange/weights.py", "exchange/adapters.py", "exchange/audit.py"), ("transport/",), ("sampler/",), ("learner/",), ("exchange/pairs.py",),
-    ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",),
-    ("card.py", "look/__init__.py", "look/report/"), ("pages.py",), ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
-    ("selfplay.py",), ("demo/tasks.py",), ("study/",), ("look/plan/",), ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),
+    ("theta.py", "ending.py"), ("preflight.py",), ("prepared.py",), ("tasks/",),
+    ("card.py", "look/__init__.py", "look/stored.py", "look/report/"), ("pages.py",), ("evaluation.py", "guard.py", "reporting.py"), ("opponent.py", "players.py"),
+    ("selfplay.py",), ("demo/tasks.py",), ("study/",),
+    ("look/",),
+    ("bench/",), ("__main__.py", "submit.py", "demo/build.py", "demo/real.py"),
 ]
 
 

@@ -400,7 +400,19 @@ def test_a_long_reading_shows_how_far_it_is_and_a_short_one_nothing(tmp_path, ch
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     shown.clear()
     load_prompts(str(path), DataConfig(train="x"), chat, seed=0, show=shown.append)
-    assert shown == [f"reading {path}: 500 rows", f"reading {path}: 1,000 rows", f"reading {path}: 1,200 rows", ""]
+    total = f"{progress.about_how_many(str(path)):,}"
+    assert shown == [f"reading {path}: {done} of about {total} rows" for done in ("500", "1,000", "1,200")] + [""]
+
+
+def test_a_file_says_about_how_many_rows_it_has_and_a_reading_how_long_it_will_take(tmp_path):
+    path = jsonl(tmp_path, *[{"prompt": f"Hi {k % 10}", "response": "Hello"} for k in range(1000)])
+    assert progress.about_how_many(str(path)) == 1000
+    pq.write_table(pa.table({"prompt": ["a"] * 77}), tmp_path / "x.parquet")
+    assert progress.about_how_many(str(tmp_path / "x.parquet")) == 77
+    (tmp_path / "empty.jsonl").touch()
+    assert [progress.about_how_many(str(tmp_path / name)) for name in ("empty.jsonl", "none.jsonl", ".")] == [None] * 3
+    said = [progress.time_left(*numbers) for numbers in ((50, 100, 60.0), (1, 100, 60.0), (1, 1000, 60.0), (0, 9, 60.0), (9, 9, 60.0))]
+    assert said == [", about 60 s left", ", about 99 min left", ", about 16.6 h left", "", ""]
 
 
 def test_the_order_is_that_of_one_permutation_whatever_the_file(tmp_path, chat):

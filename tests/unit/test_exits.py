@@ -94,14 +94,19 @@ def test_the_rank_of_a_learner_worker():
     assert describe(WorkerGroupError("many words", {1: inner}), KeyError(1)).endswith("in learner rank 1)")
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
-    command = [sys.executable, "-m", "spin_ray", "config", DEMO]
+PRINTS = "import sys; from spin_ray.exits import ends_in_one_line; sys.exit(ends_in_one_line('spin-ray', lambda: print('x', flush=True)))"
+GONE = "spin-ray: stopped: whoever read the output is gone; the same command goes on\n"
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [(["-m", "spin_ray", "config", DEMO], 0, ""), (["-c", PRINTS], 1, GONE)], ids=["prints", "works"])
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path, words, code, said):
+    command = [sys.executable, *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     reading, writing = os.pipe()
     os.close(reading)
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=env, timeout=60)
     os.close(writing)
-    assert ended.returncode == 1 and ended.stderr == "spin-ray: stopped: whoever read the output is gone; the same command goes on\n"
+    assert (ended.returncode, ended.stderr) == (code, said)
 
 
 @pytest.mark.parametrize("config, code", [(DEMO, 0), ("nothing.yaml", 2)])

@@ -201,6 +201,8 @@ def name_of_pool(verb, args):
             return f"{'audit' if args[3] == AUDIT else 'evaluate'} {args[0]}"
         case "play" if args[4] == EVALUATE:
             return f"evaluate {args[0]}"
+        case "likelihood":
+            return f"ask {args[0]}"
 
 
 class Box(Actor):
@@ -398,13 +400,13 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
 
-    def start(*overrides, script=None, samplers=None, heldout=0, here=False, **messages):
+    def start(*overrides, script=None, samplers=None, heldout=0, tasks=None, here=False, **messages):
         config, _ = load_config("conf/demo.yaml", [
             f"run.dir={tmp_path}", "run.name=orders", "model.path=sft", "data.train=x", "data.eval=''", "spin.num_iterations=2", "spin.num_epochs=2",
             "sampler.block_prompts=8", "learner.batch_pairs=8", "spin.nll_weight=0", "overlap.mode=lookahead", "overlap.lookahead_fraction=0.3",
             "reference.scorer=frozen", *overrides,
         ])
-        runs.append(Run(config, Messages(**messages), script or {}, samplers, heldout, monkeypatch))
+        runs.append(Run(config, Messages(**messages), script or {}, samplers, heldout, tasks, monkeypatch))
         return runs[-1] if here else runs[-1].go_beside()
 
     runs: list[Run] = []
@@ -416,7 +418,7 @@ def start(tmp_path, monkeypatch):
 class Run:
     """A run of the loop in a thread of its own."""
 
-    def __init__(self, config, messages, script, samplers, heldout, monkeypatch):
+    def __init__(self, config, messages, script, samplers, heldout, tasks, monkeypatch):
         self.run, self.messages, self.interrupts = RunDir.open(config), messages, Interrupts()
         self._hardware = hardware = dataclasses.replace(HARDWARE, takes_turns=config.placement.mode == "shared")
         config = as_placed(config, hardware, lambda line: None)
@@ -431,6 +433,7 @@ class Run:
         prompts = [Prompt(number, row[:6], row[6:]) for number, row in enumerate(ids)]
         prepared = written(self.run, prompts[:24], prompts[24:], 8)
         self._go = functools.partial(self._go_on, config, prepared, Players(Actor(pool, messages, name_of_pool), learner, hardware.takes_turns))
+        self._tasks = tasks
         self._playing, self.learner, self.device = None, learner, learner.device
 
     def end(self):
@@ -450,7 +453,7 @@ class Run:
     def _go_on(self, config, prepared, players):
         facts = SimpleNamespace(chat=Chat(), path="sft", saved=Saved("sft"))
         with Tracker(config, self.run.path) as tracker, (self.run.path / "terminal").open("w") as file:
-            self.self_play = SelfPlay(config, Thetas(self.run, config.lora, facts.saved), facts, prepared, self._hardware, players, Proof(), tracker, Terminal(file), self.interrupts)
+            self.self_play = SelfPlay(config, Thetas(self.run, config.lora, facts.saved), facts, prepared, self._hardware, players, Proof(), tracker, Terminal(file), self.interrupts, self._tasks)
             self.self_play.play()
         players.learner.stop()
 
@@ -635,6 +638,45 @@ def test_an_evaluation_that_is_put_off(start, order, mode):
     run.assert_whole(iterations=3)
     assert sorted(mark["version"] for mark in run.run.marks("evaluation")) == [0, 1, 2, 3]
     assert in_order(run, order)
+
+
+class OneTask:
+    """Stands for spin_ray.tasks: one question."""
+
+    def evaluate(self, pool, version):
+        question = np.arange(5, 9, dtype=np.int32)
+        [found] = ray.get(pool.likelihood.remote(version, [question], [question], EVALUATE))
+        return SimpleNamespace(metrics=lambda: {"made_acc": float(found.greedy)}, line=lambda: "made acc", as_json=lambda: {"tasks": {}})
+
+
+@pytest.mark.parametrize("heldout", [0, 4])
+@pytest.mark.parametrize("mode", ["sequential", "stream", "lookahead"])
+@pytest.mark.parametrize("order", [
+    [], ["load theta_1", "ask theta_0"], ["step 1.1", "ask theta_0"], ["answer save 2", "ask theta_1"], ["release theta_3", "ask theta_2"],
+], ids=" < ".join)
+def test_tasks_are_asked_of_every_version_whenever_samplers_are_free(start, order, mode, heldout):
+    given = f"overlap.mode={mode}", "spin.num_iterations=3", "spin.replay=0"
+    run = start(*given, heldout=heldout, tasks=OneTask(), order=order)
+    run.result()
+    run.assert_whole(iterations=3)
+    assert sorted(mark["version"] for mark in run.run.marks("tasks")) == [0, 1, 2, 3] and in_order(run, order)
+    assert sorted(line["opponent_version"] for line in run.metrics("tasks/made_acc")) == [0, 1, 2, 3]
+    assert len(run.run.marks("evaluation")) == (4 if heldout else 0)
+
+
+@pytest.mark.parametrize("lost", [[3], [2, 3], []])
+def test_a_session_asks_only_what_no_earlier_one_has_marked(start, lost):
+    given = "spin.num_iterations=3", "overlap.mode=stream"
+    run = start(*given, tasks=OneTask())
+    run.result()
+    manifest = run.run.path / "manifest.jsonl"
+    lines = [line for line in manifest.read_text().splitlines() if json.loads(line)["stage"] != "finished"]
+    kept = [line for line in lines if json.loads(line)["stage"] != "tasks" or json.loads(line)["version"] not in lost]
+    manifest.write_text("".join(f"{line}\n" for line in kept))
+    again = start(*given, tasks=OneTask())
+    again.result()
+    assert sorted(mark["version"] for mark in again.run.marks("tasks")) == [0, 1, 2, 3]
+    assert sorted(line["opponent_version"] for line in again.metrics("tasks/made_acc")) == sorted([0, 1, 2, 3, *lost])
 
 
 def test_an_evaluation_is_put_off_once(start):

@@ -220,6 +220,25 @@ def test_evaluation_holds_up_no_load_and_goes_on_when_its_version_comes_back():
     run(scenario)
 
 
+def test_likelihoods_are_put_off_and_come_back_like_every_evaluation():
+    async def scenario():
+        pool = await started(FakeSampler(THETA_0, scores_per_s=4000), room=CHUNK)
+        fake, questions = FakeSampler(THETA_0), prompts(8 * CHUNK)
+        drawn = [fake._completion(question, SETTINGS).token_ids for question in questions]
+        asked = asyncio.create_task(pool.likelihood(THETA_0, questions, [*drawn[:-1], drawn[-1] + 1]))
+        await asyncio.sleep(0)
+        await pool.load(weights(THETA_1))
+        await pool.release(THETA_1)
+        assert not asked.done()
+        with pytest.raises(WrongVersion):
+            await pool.likelihood(THETA_0, questions[:1], drawn[:1], PLAY)
+        await pool.load_again(weights(THETA_0), THETA_1)
+        assert [each.greedy for each in await asked] == [True] * (8 * CHUNK - 1) + [False]
+        assert {each.logp for each in await asked} == {-8.0}
+
+    run(scenario)
+
+
 def test_old_weights_do_not_come_back_over_newer_ones():
     async def scenario():
         log = []

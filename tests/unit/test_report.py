@@ -19,6 +19,7 @@ from spin_ray.look.report.story import Story
 from spin_ray.look.report.verdict import better, more_to_gain
 from spin_ray.look.report.warnings import warnings
 from spin_ray.look.report.write import report
+from spin_ray.look.stored import Stored
 from spin_ray.tokenizer import as_text
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -102,6 +103,15 @@ def test_a_search_has_a_map(browser, tmp_path):
     assert path == tmp_path / "report.html"
 
 
+def test_benchmarks_are_shown_where_versions_were_asked(browser, tmp_path):
+    run = made_run(tmp_path)
+    for version in range(3):
+        run.mark("tasks", version=version, asked={}, heads=["arc<b>"], tasks={"arc<b>": {"acc_norm": 0.3 + version / 10, "acc_norm_se": 0.01, "num_docs": 9}, "one": {"acc": 1}})
+    page, bad = opened(browser, report([str(run.path)]))
+    assert bad == [] and "0.5 ± 0.01" in page.locator("#benchmarks").inner_text() and page.locator("#benchmarks circle").count() == 3
+    assert "num_docs" not in page.locator("#benchmarks").inner_text()
+
+
 def test_several_runs_go_where_they_are_asked_to(tmp_path):
     runs = [str(made_run(tmp_path, name, f"spin.lr={lr}").path) for name, lr in (("one", 1e-4), ("two", 3e-4))]
     path = report(runs, str(tmp_path / "both.html"))
@@ -120,6 +130,8 @@ def test_every_stage_of_a_run_has_a_page(tmp_path, versions, heldout, finished):
 def test_no_run_is_told_in_one_line(tmp_path):
     with pytest.raises(BadInput, match="no run there"):
         report([str(tmp_path)])
+    with pytest.raises(BadInput, match="no such folder"):
+        report([str(tmp_path / "nowhere")])
     (tmp_path / "trials").mkdir()
     with pytest.raises(BadInput, match="none of whose trials"):
         report([str(tmp_path)])
@@ -136,7 +148,7 @@ def test_the_page_stays_small_however_much_there_is(tmp_path):
 @pytest.mark.parametrize(("change", "error", "said"), [(0.1, 0.01, "is better than"), (0.1, 0.2, "is not measurably different"), (-0.1, 0.01, "is worse than")])
 def test_the_verdict_believes_what_exceeds_two_standard_errors(tmp_path, change, error, said):
     run = made_run(tmp_path, versions=2)
-    story = Story(run)
+    story = Story(Stored(run))
     story.evaluations[0]["exact_match_t1_share"] = 0.5
     story.evaluations[1] |= {"exact_match_t1_share": 0.5 + change, "exact_match_t1_change_share": change, "exact_match_t1_change_share_se": error}
     assert said in better(story) and f"{change:+.3f}" in better(story)
@@ -146,17 +158,17 @@ def test_the_verdict_believes_what_exceeds_two_standard_errors(tmp_path, change,
 
 def test_warnings_name_the_metric_and_its_place(tmp_path):
     run = made_run(tmp_path)
-    assert warnings(Story(run)) == ["data.train: dropped bad: 1"]
+    assert warnings(Story(Stored(run))) == ["data.train: dropped bad: 1"]
     with (run.path / "metrics.jsonl").open("a") as file:
         for value in (0.01, 0.4):
             file.write(json.dumps({"opponent_version": 1, "audit/mean_abs_logp_difference_nats": value}) + "\n")
         file.write(json.dumps({"opponent_version": 2, "iteration": 1, "sampler/num_restarts": 3}) + "\n")
-    said = warnings(Story(run))
+    said = warnings(Story(Stored(run)))
     assert any("differ by 0.400 nats a token at theta_1" in line for line in said) and any("3 sampler(s)" in line for line in said)
 
 
 def test_where_the_time_went_adds_up(tmp_path):
-    for one in cost_table.costs(Story(made_run(tmp_path))):
+    for one in cost_table.costs(Story(Stored(made_run(tmp_path)))):
         assert sum(one.main_player.values()) == pytest.approx(1) and sum(one.opponents.values()) == pytest.approx(1)
         assert one.opponents["play"] == pytest.approx(60 / one.seconds, rel=0.01)
 
@@ -168,7 +180,7 @@ def test_samples_of_pairs_where_nothing_is_held_out(tmp_path):
     for t in range(2):
         write_table(run.pairs(t, "block", 0), read_pairs(run.heldout_answers(t)))
     write_table(run.pairs(1, "replay", 0), read_pairs(run.heldout_answers(0)))
-    story = Story(run)
+    story = Story(Stored(run))
     story.evaluations.clear()
     found = samples_of(story, as_text(tokenizer()))
     assert found.source == "prompts that were trained on" and found.versions == ["SFT", "theta_1"]

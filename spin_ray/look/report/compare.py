@@ -61,7 +61,7 @@ def search_map(stories: Sequence[Story]) -> str:
 
 def collapsed(story: Story) -> bool:
     """Whether its numbers went bad, or its last version is far worse than its first."""
-    return bool(story.run.marks("diverged")) or has_collapsed(story.evaluations)
+    return bool(story.marks("diverged")) or has_collapsed(story.evaluations)
 
 
 def differences(stories: Sequence[Story]) -> str:

@@ -19,16 +19,21 @@ from spin_ray.look.report.samples import Samples
 from spin_ray.look.report.story import Story
 
 FOLDER = Path(__file__).parent
-ONE = (("verdict", "Verdict"), ("versions", "Versions"), ("training", "Training"), ("timeline", "Timeline"), ("cost", "Cost"),
-       ("samples", "Answers"), ("settings", "Settings"), ("provenance", "Made from"), ("software", "Software"))
-SEVERAL = (("runs", "Runs"), ("map", "Map"), ("differences", "Differences"), ("versions", "Versions"), ("training", "Training"),
-           ("samples", "Answers"), ("each", "Each run"))
+ONE = (
+    ("verdict", "Verdict"), ("versions", "Versions"), ("benchmarks", "Benchmarks"), ("training", "Training"), ("timeline", "Timeline"),
+    ("cost", "Cost"), ("samples", "Answers"), ("settings", "Settings"), ("provenance", "Made from"), ("software", "Software"),
+)
+SEVERAL = (
+    ("runs", "Runs"), ("map", "Map"), ("differences", "Differences"), ("versions", "Versions"), ("benchmarks", "Benchmarks"),
+    ("training", "Training"), ("samples", "Answers"), ("each", "Each run"),
+)
+"""Sections, and what the links at the top call them; one that is not there has none."""
 
 
 def page_of_one(story: Story, samples: Samples, complaint: str = "") -> str:
     """A run's page. `complaint`: why there are no samples."""
     body = (
-        parts.head(story) + parts.versions(story) + parts.training([story])
+        parts.head(story) + parts.versions(story) + parts.benchmarks([story]) + parts.training([story])
         + parts.section("timeline", "Timeline", timeline(story)) + parts.section("cost", "Cost of an iteration", parts.cost(story))
         + parts.samples(samples, complaint) + parts.made_of(story)
     )
@@ -39,7 +44,7 @@ def page_of_several(title: str, stories: Sequence[Story], samples: Samples, comp
     """Runs side by side: of a search, of a study, or any."""
     body = (
         compare.runs(stories) + compare.search_map(stories) + compare.differences(stories)
-        + parts.section("versions", "Versions", parts.held_out_charts(stories)) + parts.training(stories)
+        + parts.section("versions", "Versions", parts.held_out_charts(stories)) + parts.benchmarks(stories) + parts.training(stories)
         + parts.samples(samples, complaint) + compare.each(stories)
     )
     return _page(title, f"{len(stories)} runs side by side", SEVERAL, body)

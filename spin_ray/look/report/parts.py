@@ -46,7 +46,7 @@ def versions(story: Story) -> str:
         return section("versions", "Versions", "<p>Nothing was measured on held-out data: data.eval is not set, or nothing is ready.</p>")
     names = list(dict.fromkeys(name for metrics in found.values() for name in metrics if not name.endswith("_se")))
     rows = [[story.version_name(v), *(_with_error(metrics, name) for name in names)] for v, metrics in found.items()]
-    best = story.run.best()
+    best = story.best
     text = f"<p>Best by its held-out numbers: <code>{escape(best)}</code></p>" if best else ""
     return section("versions", "Versions", held_out_charts([story]) + table(["version", *names], rows) + text)
 
@@ -64,6 +64,30 @@ def _over_versions(story: Story, name: str) -> Line:
     errors = [metrics[f"{name}_se"] for metrics in those.values() if f"{name}_se" in metrics]
     ys = [metrics[name] for metrics in those.values()]
     return Line(story.name, list(those), ys, errors if len(errors) == len(ys) else (), [story.version_name(v) for v in those])
+
+
+def benchmarks(stories: Sequence[Story]) -> str:
+    """What versions got on benchmarks that everybody knows; nothing where none was asked."""
+    asked = list(dict.fromkeys(
+        (task, name) for story in stories for numbers in story.tasks.values() for task, metrics in numbers.items() for name in metrics
+        if not name.endswith("_se") and name != "num_docs"
+    ))
+    if not asked:
+        return ""
+    charts = [chart(f"{task}: {name}", [_of_task(story, task, name) for story in stories], "version of the model", marks=True)
+              for task, name in asked]
+    rows = [
+        [*([story.name] if len(stories) > 1 else []), story.version_name(v), *(_with_error(numbers.get(t, {}), n) for t, n in asked)]
+        for story in stories for v, numbers in story.tasks.items()
+    ]
+    names = [*(["run"] if len(stories) > 1 else []), "version", *(f"{task} {name}" for task, name in asked)]
+    return section("benchmarks", "Benchmarks", f'<div class="charts">{"".join(charts)}</div>' + table(names, rows))
+
+
+def _of_task(story: Story, task: str, name: str) -> Line:
+    those = {v: numbers[task] for v, numbers in story.tasks.items() if name in numbers.get(task, {})}
+    errors = [metrics[f"{name}_se"] for metrics in those.values() if f"{name}_se" in metrics]
+    return Line(story.name, list(those), [metrics[name] for metrics in those.values()], errors if len(errors) == len(those) else ())
 
 
 def _with_error(metrics: dict[str, float], name: str) -> str:
@@ -129,7 +153,7 @@ def made_of(story: Story) -> str:
              "revision of spin_ray": session.get("revision") or "–"}
     hardware = session.get("hardware", {})
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(session["started"])) if "started" in session else "–"
-    what = {**hardware, "sessions": len(story.run.marks("session")), "last one started": started}
+    what = {**hardware, "sessions": len(story.marks("session")), "last one started": started}
     return (
         section("settings", "Settings that are not the defaults", changed)
         + section("provenance", "What it was made from", table(["of", "what", "SHA-256"], _inputs(story)))
@@ -139,7 +163,7 @@ def made_of(story: Story) -> str:
 
 
 def _inputs(story: Story) -> list[list[str]]:
-    prepared, first = ((story.run.marks(stage) or [{}])[-1] for stage in ("prepared", "theta_0"))
+    prepared, first = ((story.marks(stage) or [{}])[-1] for stage in ("prepared", "theta_0"))
     count = (prepared.get("lengths") or {}).get("num_prompts", "–")
     rows = [
         ["prompts", f"{story.config.get('data.train')}: {count} prompts", prepared.get("sha256", "–")],

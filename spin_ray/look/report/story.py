@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,39 +11,28 @@ from typing import Any
 from spin_ray.config import Config, flatten
 from spin_ray.config.values import flatten_dict
 from spin_ray.errors import BadInput
+from spin_ray.look.stored import Stored, open_stored
 from spin_ray.manifest import RunDir
 from spin_ray.records import Span
-from spin_ray.storage import open_storage
 from spin_ray.timeline import laid_out
 
 WHERE = ("run.dir", "run.name", "run.scratch", "tracking.")
 """Keys that say where a run lies, not what it is."""
 
 
-def run_at(where: str) -> RunDir:
-    """The run in a folder, or at a URL. Raises BadInput where there is none."""
-    folder, _, query = where.partition("?")
-    parent, _, name = folder.rstrip("/").rpartition("/")
-    if "://" in where:
-        from dataclasses import replace
-
-        config = Config()
-        config = replace(config, run=replace(config.run, dir=f"{parent}{'?' * bool(query)}{query}", name=name))
-        run = RunDir(config.run_path, open_storage(config))
-        for file in ("config.json", "manifest.jsonl", "metrics.jsonl", "timeline.jsonl"):
-            run.storage.fetch(run.path / file)
-    else:
-        run = RunDir(Path(folder).resolve())
-    if not (run.path / "config.json").exists():
-        raise BadInput(f"{where}: no run there (no config.json); give the folder of one, such as runs/demo")
-    return run
-
-
 @dataclass(frozen=True)
 class Story:
     """A run, as its folder tells it."""
 
-    run: RunDir
+    stored: Stored
+
+    @property
+    def run(self) -> RunDir:
+        """Its paths, and its storage."""
+        return self.stored.run
+
+    def marks(self, *stages: str) -> list[dict[str, Any]]:
+        return self.stored.marks(*stages)
 
     @property
     def name(self) -> str:
@@ -54,7 +41,7 @@ class Story:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Dotted key -> value."""
-        return flatten_dict(json.loads((self.run.path / "config.json").read_text()))
+        return flatten_dict(self.stored.saved_config or {})
 
     @cached_property
     def changed(self) -> dict[str, tuple[Any, Any]]:
@@ -66,29 +53,35 @@ class Story:
     def method(self) -> str:
         return self.config["method"]
 
-    @cached_property
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, oldest first."""
-        return list(_lines(self.run.path / "metrics.jsonl"))
+        return self.stored.metrics
 
     @cached_property
     def laid_out(self) -> tuple[list[Span], list[float]]:
         """Spans of all sessions, in seconds since the first one, one session behind the other; where sessions meet."""
-        return laid_out(self.run.path)
+        return laid_out(self.stored.read("timeline.jsonl"))
 
     @cached_property
     def evaluations(self) -> dict[int, dict[str, float]]:
-        return dict(sorted(self.run.evaluations().items()))
+        return dict(sorted((mark["version"], mark["metrics"]) for mark in self.marks("evaluation")))
+
+    @cached_property
+    def tasks(self) -> dict[int, dict[str, dict[str, float]]]:
+        """Version -> benchmark or group of them -> its metrics, as the version was asked last."""
+        found = {mark["version"]: {head: mark["tasks"][head] for head in mark["heads"]} for mark in self.marks("tasks")}
+        return dict(sorted(found.items()))
 
     @cached_property
     def iterations(self) -> list[dict[str, Any]]:
         """Marks of those that have ended."""
-        return self.run.marks("iteration")
+        return self.marks("iteration")
 
     @cached_property
     def session(self) -> dict[str, Any]:
         """The latest one's mark; empty for a run of a version that did not keep it."""
-        return (self.run.marks("session") or [{}])[-1]
+        return (self.marks("session") or [{}])[-1]
 
     @property
     def num_iterations(self) -> int:
@@ -103,13 +96,22 @@ class Story:
         return f"theta_{version}" if version else self.first_name
 
     @property
+    def is_finished(self) -> bool:
+        return (self.marks("finished", "extended") or [{"stage": ""}])[-1]["stage"] == "finished"
+
+    @property
+    def best(self) -> str:
+        """The model that its held-out numbers name; "" where there are none."""
+        return self.stored.read("best").decode().strip()
+
+    @property
     def state(self) -> str:
         """How it stands, in a few words; whether it is going on at the moment is not said here."""
         done = f"{len(self.iterations)} of {self.num_iterations} iterations"
-        last = (self.run.marks("stopped", "diverged", "extended", "iteration") or [{"stage": ""}])[-1]
+        last = (self.marks("stopped", "diverged", "extended", "iteration") or [{"stage": ""}])[-1]
         if last["stage"] == "diverged":
             return f"diverged after {done}: {last['reason']}"
-        if self.run.finished:
+        if self.is_finished:
             return f"finished early after {done}: {last['reason']}" if last["stage"] == "stopped" else "finished"
         return f"{done} so far"
 
@@ -128,17 +130,14 @@ def stories_in(where: str) -> list[Story]:
     """The run there, or all runs of a search or a study. Raises BadInput where there is none."""
     trials = Path(where) / "trials"
     if trials.is_dir():
-        found = [Story(RunDir(path.resolve())) for path in sorted(trials.iterdir()) if (path / "config.json").exists()]
+        found = [Story(Stored(RunDir(path.resolve()))) for path in sorted(trials.iterdir()) if (path / "config.json").exists()]
         if not found:
             raise BadInput(f"{where}: a search none of whose trials has begun")
         return found
-    return [Story(run_at(where))]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError):  # one that is being written, or was cut short by a crash
-            yield json.loads(line)
+    story = Story(open_stored(where))
+    if story.stored.saved_config is None:
+        raise BadInput(f"{where}: no run there (no config.json); give the folder or the URL of one, such as runs/demo")
+    return [story]
 
 
 def differing(stories: Sequence[Story]) -> dict[str, list[Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from spin_ray.look.report.figures import shown
 from spin_ray.look.report.story import Story
+from spin_ray.look.stored import Stored
 from spin_ray.manifest import RunDir
 
 
 def held_out_table(run: RunDir) -> str:
     """A line per version, a column per metric with its standard error; a word where nothing has been measured."""
-    story = Story(run)
+    story = Story(Stored(run))
     names = list(dict.fromkeys(name for metrics in story.evaluations.values() for name in metrics))
     if not names:
         return "Nothing has been measured on held-out data.\n"

@@ -41,12 +41,13 @@ def better(story: Story) -> str:
 def _by_training(story: Story) -> str:
     last = story.iterations[-1]
     accuracy = story.series("iteration", "last_epoch_accuracy", "iteration")[1]
+    asked = "; its benchmarks are below" if story.tasks else ""
     learnt = f" In training it told the real answers apart in {accuracy[-1]:.2f} of cases." if accuracy else ""
-    return f"theta_{last['iteration'] + 1} was trained, and nobody has measured how good it is: data.eval is not set.{learnt}"
+    return f"theta_{last['iteration'] + 1} was trained, and not compared on held-out data: data.eval is not set{asked}.{learnt}"
 
 
 def more_to_gain(story: Story) -> str:
-    stopped = story.run.marks("stopped", "diverged", "extended")
+    stopped = story.marks("stopped", "diverged", "extended")
     if stopped and stopped[-1]["stage"] != "extended":
         return f"The run ended because {stopped[-1]['reason'].rstrip('.')}."
     last = max(story.evaluations, default=0)

@@ -57,7 +57,7 @@ def _broken(story: Story, rule: Rule) -> Iterator[str]:
 
 def _about_rows(story: Story) -> Iterator[str]:
     """Rows that were left out."""
-    for prepared in story.run.marks("prepared")[-1:]:
+    for prepared in story.marks("prepared")[-1:]:
         for part in ("train", "heldout"):
             counts: dict[str, Any] = prepared.get(part) or {}
             for name, count in counts.items():
@@ -76,7 +76,7 @@ def _about_nll(story: Story) -> Iterator[str]:
 
 
 def _about_sessions(story: Story) -> Iterator[str]:
-    sessions = story.run.marks("session")
+    sessions = story.marks("session")
     if len(sessions) > 1:
         yield f"the run was resumed {len(sessions) - 1} time(s)"
         packages = [{**one["packages"], "revision of spin_ray": one["revision"]} for one in sessions]

@@ -11,6 +11,7 @@ from spin_ray.look.report.compare import side_by_side
 from spin_ray.look.report.page import page_of_one, page_of_several
 from spin_ray.look.report.samples import Decode, Samples, samples_of
 from spin_ray.look.report.story import Story, stories_in
+from spin_ray.look.stored import Stored
 from spin_ray.manifest import RunDir
 from spin_ray.tokenizer import as_text, load_tokenizer
 
@@ -54,6 +55,6 @@ def _samples(story: Story) -> tuple[Samples, str]:
 
 def write_own(run: RunDir, decode: Decode) -> None:
     """A run's report about itself, in its folder, as far as it has got."""
-    story = Story(run)
+    story = Story(Stored(run))
     with run.storage.written(run.path / NAME) as temporary:
         temporary.write_text(page_of_one(story, samples_of(story, decode, IN_A_RUN)), encoding="utf-8")
