@@ -110,8 +110,8 @@ def measured(case: Case) -> float:
         folder = Path(name)
         _written(case, folder, weights=True)
         env = {
-            **os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+            **os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANK": "0", "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
         }
         words = [sys.executable, "-m", "spin_ray", "bench", "plan", "--child", str(folder)]
         done = subprocess.run(words, env=env, capture_output=True, text=True)
