@@ -13,7 +13,7 @@ from spin_ray.look.plan.inputs import Asked
 from spin_ray.look.plan.sizes import GIB
 from spin_ray.look.plan.speeds import Device, assumed_gpu
 from spin_ray.methods import method_of
-from spin_ray.nodes import Node
+from spin_ray.nodes import Node, Selector
 from spin_ray.placement import Hardware, choose_hardware
 
 COMMON_GIB = (24.0, 40.0, 80.0)
@@ -63,10 +63,19 @@ def _cpus() -> Machine:
 
 def hardware_of(config: Config, machine: Machine) -> Hardware:
     """As a cluster with room for everything would have it. Raises BadInput for what could never start."""
-    nodes = [Node("the cluster", {"GPU": machine.num_gpus, "CPU": 1e6}, _labels(config))]
+    selectors = [config.sampler.label_selector, config.learner.label_selector]
+    different = selectors if selectors[0] != selectors[1] else selectors[:1]
+    nodes = [Node("a node", {"GPU": machine.num_gpus, "CPU": 1e6}, _labels(selector)) for selector in different]
     return choose_hardware(config, nodes, samplers=method_of(config).plays or bool(config.data.eval))
 
 
-def _labels(config: Config) -> dict[str, str]:
-    """Of a node that all players may be on, as far as one can be."""
-    return {**config.sampler.label_selector, **config.learner.label_selector}
+def _labels(selector: Selector) -> dict[str, str]:
+    """Of a node that it means."""
+    return {label: _meant(wanted) for label, wanted in selector.items()}
+
+
+def _meant(wanted: str) -> str:
+    """Worked: a100 -> a100, in(a100,h100) -> a100, !a100 -> another."""
+    if wanted.startswith("!"):
+        return "another"
+    return wanted[3:-1].split(",")[0].strip() if wanted.startswith("in(") else wanted
