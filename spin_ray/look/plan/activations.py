@@ -7,8 +7,6 @@ once. Attention is a stand-in that keeps what attention.py's would keep; all els
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,19 +96,13 @@ def count(lm: nn.Module, row: Row, *, on_gpu: bool) -> Activations:
     quieten(lm)
     counter, tokens = _Counter(lm), row.tokens
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    with _row_of(lm, row, on_gpu), torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor):
+    for module in lm.modules():  # not all families hand arguments on to their attention
+        module.counted_row = (row, on_gpu)
+    with torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor):
         hidden = body(lm)(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
     layers = [size for number, size in counter.bytes.items() if number is not None]
     head = 3 * row.answer_tokens * hidden.shape[-1] * hidden.element_size()  # hidden, its unit gradients, and what scales them
     return Activations(sum(layers), max(layers, default=0), counter.inputs, counter.bytes[None] + head, counter.widest)
-
-
-@contextmanager
-def _row_of(lm: nn.Module, row: Row, on_gpu: bool) -> Iterator[None]:
-    """While the body runs, every module knows the row, as in attention.py."""
-    for module in lm.modules():
-        module.counted_row = (row, on_gpu)
-    yield
 
 
 class _Keeps(torch.autograd.Function):
