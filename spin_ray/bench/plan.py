@@ -64,6 +64,8 @@ CASES = (
     Case("adapter, ZeRO-2", ("lora.rank=16", "learner.zero_stage=2")),
     Case("adapter, base in 4 bits", ("lora.rank=16", "model.quantization=nf4")),
     Case("12.7M weights", ("learner.pack_tokens=448",), model="small"),
+    Case("SmolLM2-135M's shape, ZeRO-2, RMSprop", (
+        "learner.zero_stage=2", "learner.optimizer=rmsprop", "learner.pack_tokens=2048"), model="smollm2", prompt=77, answer=32),
     Case("264M weights", ("learner.optimizer=rmsprop", "learner.batch_pairs=8"), model="0.3b"),
 )
 COMMON = (

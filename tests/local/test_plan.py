@@ -70,7 +70,7 @@ def test_the_benchs_small_model_takes_what_was_predicted(case, base):
 
 @pytest.mark.slow
 def test_a_model_of_smollm2s_size_takes_what_was_predicted(base):
-    case = Case("SmolLM2", ("learner.optimizer=rmsprop", "learner.zero_stage=2", "learner.pack_tokens=2048"), model="smollm2", prompt=77, answer=32)
+    [case] = [case for case in bench.CASES if case.model == "smollm2"]
     predicted, measured = bench.predicted(case, base), bench.measured(case)
     assert abs(off(predicted, measured)) < WITHIN, (predicted, measured)
 
