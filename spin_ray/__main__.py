@@ -57,10 +57,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         for argument, told in command.arguments:
             one.add_argument(argument, **told)
     args, rest = parser.parse_known_args(argv)  # a list of words that goes on after a flag is unknown to argparse
-    if rest and ("words" not in args or any(word.startswith("-") for word in rest)):
+    goes_on = next((name for name in ("words", "overrides") if name in args), None)
+    if rest and (goes_on is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.words += rest
+        getattr(args, goes_on).extend(rest)
     return args
 
 
@@ -143,6 +144,15 @@ def _probe(args: argparse.Namespace) -> None:
     probe(args.config, args.overrides, quiet=args.quiet)
 
 
+def _plan(args: argparse.Namespace) -> None:
+    with without_gc():
+        from spin_ray.look.plan.command import plan
+        from spin_ray.look.plan.inputs import Asked
+
+    asked = Asked(**{name: getattr(args, name) for name in Asked.names()})
+    plan(args.config, args.overrides, asked, as_json=args.json)
+
+
 def _report(args: argparse.Namespace) -> None:
     with without_gc():
         from spin_ray.look.report.write import report
@@ -185,6 +195,7 @@ BENCHES = {
     "learner": "the learner's step beside TRL's DPOTrainer and a naive loop: speed, memory, loss",
     "gpu": "every path that only a GPU takes, on whatever is installed: make gpu-check",
     "models": "every model family of transformers, tiny and random, through the learner and through transformers: docs/models.md",
+    "plan": "the learner's memory as `spin-ray plan` predicts it, beside what a step takes, over settings that change it",
     "memory": "how the step's peak memory grows with vocabulary, tokens and pairs",
     "overlap": "the same job in sequential, stream and lookahead: who waits, and is the result the same",
     "scale": "the real orchestration with simulated players, 1 to 64 sampler replicas and 1 to 8 learner workers",
@@ -256,6 +267,19 @@ COMMANDS = {
     "probe": Command(
         _probe, "What a run would meet, before it is paid for: short tries over learning rate and beta, in words.",
         (_CONFIG, _OVERRIDES, _QUIET)),
+    "plan": Command(
+        _plan, "What a run needs, whether it fits, how long it takes and what it costs, by arithmetic: nothing is started.",
+        (
+            _CONFIG, _OVERRIDES,
+            ("--gpu-memory-gib", {"type": float, "metavar": "N", "help": "memory of a GPU (default: of the one here, else 24, 40 and 80)"}),
+            ("--sampler-tokens-per-s", {"type": float, "metavar": "R", "help": "generated tokens per second of one replica"}),
+            ("--learner-tokens-per-s", {"type": float, "metavar": "R", "help": "tokens per second of all the learner's workers together"}),
+            ("--price-per-gpu-hour", {"type": float, "metavar": "P", "help": "in whatever currency"}),
+            ("--prompt-tokens", {"type": int, "metavar": "N", "help": "mean tokens of a prompt; with the next two in place of the data"}),
+            ("--answer-tokens", {"type": int, "metavar": "N", "help": "mean tokens of an answer"}),
+            ("--num-prompts", {"type": int, "metavar": "N", "help": "number of prompts"}),
+            ("--json", {"action": "store_true", "help": "print one JSON object instead"}),
+        )),
     "report": Command(
         _report, "One page about a run, or about several side by side, a search's folder among them: a file that needs nothing else.",
         (
@@ -281,7 +305,7 @@ COMMANDS = {
         )),
 }
 
-ONLY_PRINT = ("config", "show")
+ONLY_PRINT = ("config", "plan", "show")
 """Commands that are done when nobody reads on."""
 
 

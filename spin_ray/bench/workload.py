@@ -18,6 +18,10 @@ SHAPES: dict[str, dict[str, Any]] = {
              "num_key_value_heads": 1, "max_position_embeddings": 1024, "tie_word_embeddings": True},
     "small": {**_LLAMA, "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "mid": {**_LLAMA, "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": True},
+    "smollm2": {**_LLAMA, "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True},
     "0.3b": {**_LLAMA, "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18,
              "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 1024, "tie_word_embeddings": True},
     "qwen3-0.6b": {"model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -30,8 +34,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                   "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768,
                   "sliding_window": None, "tie_word_embeddings": False},
 }
-"""Hugging Face config of each model by name; "small" has 12.7M parameters, "0.3b" 264M (1.0 GiB in float32), the others are the published
-models' shapes."""
+"""Hugging Face config of each model by name; "small" has 12.7M parameters, "mid" 54M, "smollm2" 135M, "0.3b" 264M, the others are the
+published models' shapes."""
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 
@@ -46,8 +50,10 @@ class Lengths:
     longest: int = 512
 
 
-def save_model(folder: Path, shape: str, *, seed: int = 0, **changes: Any) -> None:
-    """Write a model with random weights and a stand-in tokenizer; float32, or bfloat16 from 100M parameters on."""
+def save_model(folder: Path, shape: str, *, seed: int = 0, weights: bool = True, **changes: Any) -> None:
+    """Write a model with random weights and a stand-in tokenizer; float32, or bfloat16 from 100M parameters on. Without `weights` its
+    config alone.
+    """
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -55,6 +61,9 @@ def save_model(folder: Path, shape: str, *, seed: int = 0, **changes: Any) -> No
 
     settings = {**SHAPES[shape], "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, **changes}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if not weights:
+        config.save_pretrained(folder)
+        return
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if config.hidden_size >= 1024 else torch.float32
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)

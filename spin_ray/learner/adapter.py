@@ -45,12 +45,28 @@ def linear_layers(lm: nn.Module) -> dict[str, tuple[int, int]]:
 
 def first_adapter(lm: nn.Module, lora: LoraConfig, *, base: str, seed: int) -> AdapterFiles:
     """theta_0's: one that changes nothing yet. `lm` may be on torch's meta device. Raises BadInput for a target that is not there."""
+    chosen = _chosen(lm, lora)
+    return new_adapter(chosen, _named(lm, chosen), base=base, rank=lora.rank, alpha=lora.scale, seed=seed)
+
+
+def put_into_blank(lm: nn.Module, lora: LoraConfig) -> None:
+    """An adapter without values in a model on torch's meta device, all else frozen: to count what it takes. Raises BadInput as above."""
+    peft = PeftConfig(
+        r=lora.rank, lora_alpha=lora.scale, target_modules=_named(lm, _chosen(lm, lora)), init_lora_weights=False, task_type="CAUSAL_LM",
+    )
+    with torch.device("meta"):
+        inject_adapter_in_model(peft, lm)
+    for parameter in lm.parameters():
+        parameter.data = parameter.data.to(lm.dtype)
+
+
+def _chosen(lm: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    """The layers that are to be adapted, with their inputs and outputs."""
     layers = linear_layers(lm)
     known = sorted(set(map(_last, layers)))
     if unknown := [target for target in lora.target if target not in known]:
         raise BadInput(f"lora.target: this model has no linear layer {unknown[0]}; it has {', '.join(known)}")
-    chosen = {name: sizes for name, sizes in layers.items() if not lora.target or _last(name) in lora.target}
-    return new_adapter(chosen, _named(lm, chosen), base=base, rank=lora.rank, alpha=lora.scale, seed=seed)
+    return {name: sizes for name, sizes in layers.items() if not lora.target or _last(name) in lora.target}
 
 
 def check_of_model(lm: nn.Module, files: AdapterFiles, folder: str) -> None:
