@@ -64,7 +64,7 @@ def test_what_was_asked_for_by_mistake_can_be_taken_back_but_not_what_is_finishe
     for asked in (50, 3, 2, 7):
         RunDir.open(config(where, f"spin.num_iterations={asked}"))
         assert json.loads((run.path / "config.json").read_text())["spin"]["num_iterations"] == asked
-    with pytest.raises(BadInput, match="2 finished iterations and spin.num_iterations=1"):
+    with pytest.raises(BadInput, match="2 finished iterations"):
         RunDir.open(config(where, "spin.num_iterations=1"))
 
 
