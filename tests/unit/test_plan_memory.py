@@ -36,7 +36,8 @@ def test_the_parts_are_the_peak_and_no_moment_is_above_it(model, layout, work):
     parts = learner_parts(model, layout, work, base=BASE)
     assert all(part.num_bytes >= 0 and part.name and part.formula for part in parts)
     found = [memory.total(moment) for moment in moments(model, layout, work).values()]
-    held = sum(part.num_bytes for part in parts if part.name.startswith("freed")) if not layout.on_gpu else -BASE
+    beside = ("freed", "bitsandbytes")
+    held = sum(part.num_bytes for part in parts if part.name.startswith(beside)) if not layout.on_gpu else -BASE
     assert memory.total(parts) == pytest.approx(BASE + max(found) + held)
 
 
@@ -49,7 +50,8 @@ def test_more_workers_never_raise_a_ranks_memory(model, layout, work):
 def test_what_saves_memory_does(model, layout, work):
     assert peak(model, replace(layout, recompute=True), work) <= peak(model, replace(layout, recompute=False), work) + 1
     assert peak(model, replace(layout, optimizer="rmsprop", copies=0), work) <= peak(model, replace(layout, optimizer="rmsprop", copies=1), work)
-    assert peak(model, replace(layout, optimizer="adamw_8bit"), work) <= peak(model, replace(layout, optimizer="adamw"), work)
+    on_gpu = replace(layout, on_gpu=True)  # on a CPU bitsandbytes' libraries may take more than it saves
+    assert peak(model, replace(on_gpu, optimizer="adamw_8bit"), work) <= peak(model, replace(on_gpu, optimizer="adamw"), work)
     if layout.on_gpu:
         with_states = replace(layout, zero_stage=max(1, layout.zero_stage))
         assert peak(model, replace(with_states, offload=True), work) <= peak(model, with_states, work)

@@ -28,7 +28,9 @@ LIVE = 1_000_000_000
 """Weights that ZeRO-3 lets stay gathered, DeepSpeed's stage3_max_live_parameters."""
 HELD_SHARE = 0.12
 """On a CPU: of what is allocated, that malloc holds beside it, because what is freed lies between what is not."""
-HELD_BY_ADAPTER = 1.1
+BITSANDBYTES = 0.2 * 2**30
+"""Resident memory of its libraries on a CPU."""
+HELD_BY_ADAPTER = 1.0
 """The same of the layers' activations, more, where an adapter is trained."""
 SUB_GROUP = 1_000_000_000
 """Weights that ZeRO-3 steps at a time."""
@@ -40,7 +42,19 @@ def learner_parts(model: Model, layout: Layout, work: Work, *, base: float = 0.0
     if layout.on_gpu:
         return parts
     published = Part("new weights in the object store", w * layout.published, f"{count(layout.published)} × {w} B")
-    return [Part("the process with its libraries", base, "measured"), *parts, _held(model, work, total(parts)), published]
+    return [
+        Part("the process with its libraries", base, "measured"), *_bitsandbytes(model, layout), *parts,
+        _held(model, work, total(parts)), published,
+    ]
+
+
+def _bitsandbytes(model: Model, layout: Layout) -> Iterator[Part]:
+    """On a CPU. Weights are read before they are put into 4 bits, and malloc holds what they took."""
+    if model.in_4_bits or layout.optimizer == "adamw_8bit":
+        yield Part("bitsandbytes' libraries", BITSANDBYTES, "measured")
+    if model.in_4_bits:
+        read = layout.weight_bytes * model.in_4_bits
+        yield Part("weights before they were in 4 bits", read, f"{count(model.in_4_bits)} × {layout.weight_bytes} B")
 
 
 def _held(model: Model, work: Work, allocated: float) -> Part:
