@@ -10,11 +10,11 @@ from test_job import started_head
 from test_run import ROOT
 from watching import records, steps, wait_for
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 40 * 30
 HOLDS_A_CPU = """
 import ray
-
-pytestmark = pytest.mark.slow
 ray.init(address="auto")
 actor = ray.remote(num_cpus=1)(type("Hog", (), {"here": lambda self: "held"})).remote()
 print(ray.get(actor.here.remote()), flush=True)
