@@ -28,12 +28,14 @@ def somebody_else(tmp_path):
     head = started_head(tmp_path / "head.log")
     env = {**os.environ, "RAY_AUTH_MODE": "token"}
     held = subprocess.Popen([sys.executable, "-c", HOLDS_A_CPU], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while "held" not in (line := held.stdout.readline()):
-        assert line, "it did not start"
-    yield held
-    for process in (held, head):
-        process.terminate()
-        process.wait(timeout=60)
+    try:
+        while "held" not in (line := held.stdout.readline()):
+            assert line, "it did not start"
+        yield held
+    finally:
+        for process in (held, head):
+            process.terminate()
+            process.wait(timeout=60)
 
 
 def started(folder, num_workers):
