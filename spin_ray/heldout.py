@@ -41,7 +41,7 @@ def quality(pairs: Sequence[Pair], right: np.ndarray | None, greedy_right: np.nd
         "generated_tokens": float(np.mean([len(pair.generated_ids) for pair in pairs])),
         "real_tokens": float(np.mean([len(pair.real_ids) for pair in pairs])),
         "truncated_share": float(np.mean([pair.finish_reason == "length" for pair in pairs])),
-        "same_as_real_share": float(np.mean([np.array_equal(pair.generated_ids, pair.real_ids) for pair in pairs])),
+        **_share("same_as_real_share", np.array([np.array_equal(pair.generated_ids, pair.real_ids) for pair in pairs], float)),
     }
     if right is not None:
         metrics |= _share("exact_match_t1_share", right) | _share("exact_match_greedy_share", greedy_right)

@@ -11,26 +11,27 @@ ASK_S = 10.0
 
 
 def check_on_hub(name: str, key: str, *, kind: str = "model") -> None:
-    """Raise BadInput within ASK_S for a name that is neither in the cache nor to be had. `kind`: model or dataset; `key`: of the config."""
-    if _in_cache(name, kind):
-        return
+    """Raise BadInput within ASK_S for a name that is neither in the cache nor to be had.
+
+    `kind`: model or dataset; `key`: of the config, "" where it is not known.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    what = f"{key}={name}"
+    other, flag = ("a folder", "") if kind == "model" else ("files", "--repo-type dataset ")
+    remedy = f"give {other}, or `hf download {flag}{name}` where there is a network"
+    what = f"{key}={name}" if key else name
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=ASK_S)
+        if not _in_cache(name, kind):
+            HfApi().repo_info(name, repo_type=kind, timeout=ASK_S)
     except HFValidationError as error:
         raise BadInput(f"{what}: no folder here, and no name on the hub either ({in_one_line(error)})") from error
     except RepositoryNotFoundError as error:
         raise BadInput(f"{what}: no folder here, and the hub has no {kind} of that name (a private one needs HF_TOKEN)") from error
     except OfflineModeIsEnabled as error:
-        raise BadInput(f"{what}: no folder here, not in the cache, and HF_HUB_OFFLINE says not to ask the hub; {_REMEDY}") from error
+        raise BadInput(f"{what}: no folder here, not in the cache, and HF_HUB_OFFLINE says not to ask the hub; {remedy}") from error
     except Exception as error:  # the client's libraries have a dozen unrelated types for a network that is not there
-        raise BadInput(f"{what}: no folder here, not in the cache, and the hub cannot be asked ({_short(error)}); {_REMEDY}") from error
-
-
-_REMEDY = "give a folder, or `hf download` it where there is a network"
+        raise BadInput(f"{what}: no folder here, not in the cache, and the hub cannot be asked ({_short(error)}); {remedy}") from error
 
 
 def _in_cache(name: str, kind: str) -> bool:

@@ -14,6 +14,7 @@ from spin_ray.exits import log_traceback
 from spin_ray.look.report.samples import samples_of
 from spin_ray.look.report.story import Story
 from spin_ray.look.report.table import held_out_table
+from spin_ray.look.report.verdict import better
 from spin_ray.look.report.write import NAME, write_own
 from spin_ray.look.stored import Stored
 from spin_ray.theta import Thetas
@@ -46,6 +47,12 @@ class Pages:
         text = lambda pieces: "".join(piece[0] for piece in pieces)  # noqa: E731
         rows = [[row["prompt"], text(row["real"]), *map(text, row["answers"])] for row in found.rows]
         return ["prompt", "real", *found.versions], rows
+
+    def conclude(self) -> None:
+        """Say whether a run that is finished has made its model better, and where to read on."""
+        if self._run.finished:
+            name = self._run.storage.name(self.report)
+            self._try("the verdict", lambda: self._say(f"{better(Story(Stored(self._run)))} Report: {name}"))
 
     def model(self, version: int) -> tuple[str, Path | None]:
         """Where theta_version lies: for people, and on this disk, if it does."""

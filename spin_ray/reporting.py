@@ -66,7 +66,7 @@ class Reporting:
         self._from_sft = config.method != "sft"
         """Whether theta_0 is an SFT model."""
         terms = {term for t in range(method.num_iterations) for term in method.objective(t).terms}
-        self._trained_columns = {*terms, "train_s", "waited_s"}
+        self._trained_columns = {*terms, "train_s", "waited_s", *(["advantage_accuracy"] if config.data.eval else [])}
         self._beginning = threading.Lock()
         self._steps: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
         """Iteration -> metrics of its steps in this session."""
@@ -189,6 +189,7 @@ class Reporting:
         if self._pages:
             self._pages.write()
             self.tracker.file(self._pages.report)
+            self._pages.conclude()
 
     def _examples(self, t: int, table: pa.Table) -> None:
         texts = ("prompt_ids", "real_ids", "generated_ids")

@@ -62,7 +62,7 @@ def read_rows(source: str, split: str) -> Rows:
     elif _ending(path) or source.startswith((".", "/", "~")):
         raise BadInput(f"{source}: no such file")
     else:
-        check_on_hub(source, "data", kind="dataset")
+        check_on_hub(source, "", kind="dataset")
         yield from _loaded(source, split, lambda datasets: datasets.load_dataset(source, split=split))
 
 

@@ -14,7 +14,8 @@ from spin_ray.hub import check_on_hub
 @pytest.fixture
 def endpoint(monkeypatch, tmp_path):
     """endpoint(address): from now on the hub is there, and nothing is in the cache."""
-    import huggingface_hub
+    import huggingface_hub.constants
+    import huggingface_hub.hf_api
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from spin_ray.config import Config
+from spin_ray.families import longest_exact, text_part
 from spin_ray.look.plan.advice import Change, changes
 from spin_ray.look.plan.inputs import Asked, Inputs, read_inputs
 from spin_ray.look.plan.machine import Machine, hardware_of, machine_of
@@ -16,6 +17,7 @@ from spin_ray.look.plan.sizes import GIB
 from spin_ray.look.plan.speeds import from_earlier, speeds_of
 from spin_ray.look.plan.times import Iteration, Job, Rate, Speeds, iterations
 from spin_ray.methods import method_of
+from spin_ray.model import ModelFacts, longest_sequence
 from spin_ray.placement import Hardware
 
 
@@ -82,6 +84,7 @@ def make_plan(config: Config, asked: Asked, *, base: float | None = None) -> Pla
     machine = machine_of(config, asked)
     hardware = hardware_of(config, machine)
     inputs = read_inputs(config, asked)
+    _check_positions(config, inputs)
     shapes = _shapes(config, hardware, inputs)
     texts, speeds = inputs.texts, _speeds(config, hardware, shapes, inputs.texts, machine, asked)
     job = _job(config, hardware, texts)
@@ -90,6 +93,14 @@ def make_plan(config: Config, asked: Asked, *, base: float | None = None) -> Pla
         [_fit(config, hardware, inputs, memory) for memory in machine.memories], speeds, job, iterations(job, speeds),
         asked.price_per_gpu_hour,
     )
+
+
+def _check_positions(config: Config, inputs: Inputs) -> None:
+    """Raise BadInput, as a run would, for a model that is too short for what it is to read and write."""
+    positions = getattr(text_part(inputs.model), "max_position_embeddings", None)
+    samplers = method_of(config).plays or bool(config.data.eval)
+    facts = ModelFacts(inputs.path, None, "", positions, inputs.model, longest_exact=longest_exact(inputs.model))
+    longest_sequence(inputs.texts.longest, config.sampler.max_new_tokens if samplers else 0, facts)
 
 
 def _shapes(config: Config, hardware: Hardware, inputs: Inputs) -> Shapes:

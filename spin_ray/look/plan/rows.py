@@ -14,6 +14,7 @@ from spin_ray.config import Config, DataConfig
 from spin_ray.data.encoding import Encoded, Encoder, encoded
 from spin_ray.data.files import read_rows
 from spin_ray.errors import BadInput
+from spin_ray.lengths import Lengths
 from spin_ray.look.plan.activations import Row
 
 READ = 4000
@@ -36,6 +37,8 @@ class Texts:
     """Standard deviation of a pair's tokens in a row."""
     source: str
     """In words: where the numbers are from."""
+    longest: Lengths
+    """What decides whether the model has enough positions."""
 
     def generated(self, max_new_tokens: int) -> float:
         """Mean tokens of the opponent's answers: like the real ones, as nobody has drawn any yet."""
@@ -60,7 +63,10 @@ class Texts:
 def given(prompt: int, answer: int, num_prompts: int, config: Config) -> Texts:
     longest = prompt + answer * (1 if config.method == "sft" else 2)
     source = f"given: {num_prompts:,} prompts of {prompt} tokens, answers of {answer}; all are taken to be alike"
-    return Texts(num_prompts, config.data.max_eval_prompts if config.data.eval else 0, prompt, answer, longest, 0.0, source)
+    return Texts(
+        num_prompts, config.data.max_eval_prompts if config.data.eval else 0, prompt, answer, longest, 0.0, source,
+        Lengths(num_prompts, prompt, prompt + answer, answer * num_prompts),
+    )
 
 
 def read(config: Config, chat: ChatFormat) -> Texts:
@@ -79,6 +85,7 @@ def read(config: Config, chat: ChatFormat) -> Texts:
         num_prompts, min(heldout, data.max_eval_prompts or heldout), *(float(mean) for mean in lengths.mean(0)),
         int((lengths.sum(1) + other).max()), float(pairs.std()),
         f"measured: {how} of {data.train} tokenised; {num_prompts:,} prompts",
+        Lengths(len(lengths), int(lengths[:, 0].max()), int(lengths.sum(1).max()), int(lengths[:, 1].sum())),
     )
 
 

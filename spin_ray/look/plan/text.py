@@ -10,7 +10,7 @@ from spin_ray.look.plan.memory_text import changes, fits, hosts, learner, sample
 from spin_ray.look.plan.plan import Plan
 from spin_ray.look.plan.sizes import count
 from spin_ray.look.plan.tables import duration, table
-from spin_ray.look.plan.times import Iteration
+from spin_ray.look.plan.times import FORWARD_SHARE, Iteration
 
 
 def in_words(plan: Plan) -> list[str]:
@@ -22,9 +22,11 @@ def _known(plan: Plan) -> Iterator[str]:
     model, texts = plan.shapes.model, plan.inputs.texts
     yield f"Plan of run {plan.config.run.name} ({plan.config.method}). Nothing is started."
     yield f"  model   {plan.inputs.path}: {count(model.total)} weights, {count(model.trained)} trained ({plan.inputs.source})"
-    yield f"  data    {texts.source}; on average {texts.prompt:.0f} + {texts.answer:.0f} tokens, the longest pair {texts.longest_pair}"
+    yield f"  data    {texts.source}"
+    yield f"          on average {texts.prompt:.0f} + {texts.answer:.0f} tokens, the longest pair at most {texts.longest_pair}"
     if plan.job.plays:
-        yield f"          the opponent's answers are taken to be as long as the real ones, {plan.job.generated:.0f} tokens"
+        cut = " cut at sampler.max_new_tokens" if plan.job.generated < plan.job.answer else ""
+        yield f"          the opponent's answers are taken to be as long as the real ones{cut}: {plan.job.generated:.0f} tokens"
     yield f"  device  {plan.machine.source}; {plan.hardware.dtype}"
 
 
@@ -66,7 +68,9 @@ def _rates(plan: Plan) -> Iterator[str]:
 def _times(plan: Plan) -> Iterator[str]:
     first, pair = plan.iterations[0], plan.job.pair
     yield "Time"
-    by = f"{first.pairs:,} pairs × {pair:.0f} tokens × epochs / {plan.speeds.learner.value:,.0f} tokens/s"
+    epochs, own = plan.job.epochs[0], plan.job.scorer in ("frozen", "learner")
+    passes = f"({epochs} epochs + {FORWARD_SHARE:.2f} for its own reference)" if own else f"{epochs} epochs"
+    by = f"{first.pairs:,} pairs × {pair:.0f} tokens × {passes} / {plan.speeds.learner.value:,.0f} tokens/s"
     yield f"  training of iteration 0: {by} = {duration(first.train_s)}"
     rows = [["iteration", "pairs", "training", "play", "evaluation", "sync", "in all", "replicas to hide play"]]
     yield from table([*rows, *map(_row, plan.iterations)])

@@ -12,6 +12,10 @@ from spin_ray.config import SpinConfig
 from spin_ray.look.report.costs import costs
 from spin_ray.look.report.story import Story
 
+BOTH_WAIT = 0.25
+"""Share of the time from which on both players wait for each other's start, or for weights, more than for each other's work."""
+ALIKE = 0.1
+"""Two such shares differ by less."""
 SURE = 2.0
 """Standard errors from which on a difference counts."""
 CHANCE = 0.5
@@ -119,8 +123,14 @@ def cost(story: Story) -> str:
     if story.method != "spin" or not any(one.opponents for one in made):  # samplers that only evaluate keep nobody waiting
         return f"{parts}; the main player waited {waits:.0%} of that."
     theirs = np.average([one.opponents.get("wait", 1.0) for one in made], weights=[one.seconds for one in made])
-    slower = "the opponent is the slower player: more samplers would help" if waits > theirs + 0.1 else (
-        "the main player is the slower player: more learner workers would help" if theirs > waits + 0.1 else "the players are well matched")
+    if min(waits, theirs) > BOTH_WAIT:
+        slower = "which player is the slower one cannot be told"
+    elif abs(waits - theirs) <= ALIKE:
+        slower = "the players are well matched"
+    elif waits > theirs:
+        slower = "the opponent is the slower player: more samplers would help"
+    else:
+        slower = "the main player is the slower player: more learner workers would help"
     return f"{parts}; the main player waited {waits:.0%} of it, the opponent {theirs:.0%}: {slower}."
 
 

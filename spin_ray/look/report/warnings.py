@@ -66,7 +66,7 @@ def _about_rows(story: Story) -> Iterator[str]:
         for part in ("train", "heldout"):
             counts: dict[str, Any] = prepared.get(part) or {}
             for name, count in counts.items():
-                if isinstance(count, int) and count and name not in ("rows", "kept"):
+                if isinstance(count, int) and count and name not in ("rows", "kept", "left_out_by_limit"):
                     yield f"data.{'train' if part == 'train' else 'eval'}: {name.replace('_', ' ')}: {count:,}"
 
 
