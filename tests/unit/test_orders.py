@@ -451,7 +451,7 @@ class Run:
         return self
 
     def _go_on(self, config, prepared, players):
-        facts = SimpleNamespace(chat=Chat(), path="sft", saved=Saved("sft"))
+        facts = SimpleNamespace(chat=Chat(), path="sft", adapter="", saved=Saved("sft"))
         with Tracker(config, self.run.path) as tracker, (self.run.path / "terminal").open("w") as file:
             self.self_play = SelfPlay(config, Thetas(self.run, config.lora, facts.saved), facts, prepared, self._hardware, players, Proof(), tracker, Terminal(file), self.interrupts, self._tasks)
             self.self_play.play()
