@@ -11,7 +11,7 @@ from spin_ray.chat import ChatFormat
 from spin_ray.config import Config
 from spin_ray.errors import in_one_line
 from spin_ray.exits import log_traceback
-from spin_ray.look.report.samples import samples_of
+from spin_ray.look.report.samples import Samples, samples_of
 from spin_ray.look.report.story import Story
 from spin_ray.look.report.table import held_out_table
 from spin_ray.look.report.verdict import better
@@ -42,8 +42,14 @@ class Pages:
         self.write()
 
     def answers(self) -> tuple[list[str], list[list[str]]]:
-        """What all versions so far have answered to the same prompts: columns and rows of a table."""
-        found = samples_of(Story(Stored(self._run)), as_text(self._chat.tokenizer), ANSWERS)
+        """What all versions so far have answered to the same prompts: columns and rows of a table, none where that cannot be read."""
+        found = Samples("", [], [])
+
+        def read() -> None:
+            nonlocal found
+            found = samples_of(Story(Stored(self._run)), as_text(self._chat.tokenizer), ANSWERS)
+
+        self._try("the table of answers", read)
         text = lambda pieces: "".join(piece[0] for piece in pieces)  # noqa: E731
         rows = [[row["prompt"], text(row["real"]), *map(text, row["answers"])] for row in found.rows]
         return ["prompt", "real", *found.versions], rows

@@ -376,6 +376,7 @@ class LocalLearner(Learner):
 
 class Chat:
     stop_ids = (1,)
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)), chat_template="")
 
     def decode(self, ids):
         return " ".join(map(str, ids))
