@@ -11,7 +11,7 @@ demo: setup            ## three SPIN iterations on the embedded model and data
 test: setup            ## every test
 	$(BIN)/python -m pytest
 
-test-slow: setup       ## tests that take minutes and rarely break
+test-slow: setup       ## tests that take minutes and rarely break; CONTRIBUTING.md says when they last ran
 	$(BIN)/python -m pytest -m slow
 
 test-cluster: setup    ## a job over several hosts, which are made of namespaces (root, Linux), and what may happen to them

@@ -61,6 +61,7 @@ def test_submit_follow_resume_and_exit_codes(cluster, tmp_path):
     assert refused.returncode == 2 and "spin.beta: 0.1 -> 0.7" in refused.stdout
 
 
+@pytest.mark.slow
 def test_a_checkout_is_shipped_and_a_stopped_job_goes_on(cluster, tmp_path):
     """Every process imports what was shipped; `ray job stop` lets the run save its progress, and the same submission goes on from there."""
     checkout, runs, imported = tmp_path / "checkout", tmp_path / "runs", tmp_path / "imported"

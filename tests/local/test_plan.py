@@ -62,6 +62,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_the_benchs_small_model_takes_what_was_predicted(case, base):
     predicted, measured = bench.predicted(case, base), bench.measured(case)
