@@ -61,6 +61,9 @@ def time_left(done: int, total: int, elapsed_s: float) -> str:
     """", about 3 min left" for the user; "" where it cannot be said yet. time_left(50, 100, 60.0) -> ", about 60 s left"."""
     if done <= 0 or elapsed_s < 1 or total <= done:
         return ""
-    seconds = elapsed_s * (total - done) / done
-    return f", about {seconds:.0f} s left" if seconds < 120 else (
-        f", about {seconds / 60:.0f} min left" if seconds < 7200 else f", about {seconds / 3600:.1f} h left")
+    return f", about {duration(elapsed_s * (total - done) / done)} left"
+
+
+def duration(seconds: float) -> str:
+    """As people say it. duration(5400.0) -> "90 min"."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

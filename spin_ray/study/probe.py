@@ -24,6 +24,7 @@ import ray
 
 from spin_ray.chatter import captured_output
 from spin_ray.config import Config, at, load_config
+from spin_ray.data.progress import duration
 from spin_ray.errors import BadInput
 from spin_ray.exchange.pairs import Given, stored_prompts
 from spin_ray.heldout import advantage, as_pairs, divergence
@@ -271,12 +272,12 @@ def in_words(report: dict[str, Any], config: Config, num_prompts: int, seconds: 
     spin = at(config.spin, 0)
     play, train = num_prompts / report["prompts_per_s"], report["pairs_per_s"] and num_prompts * spin.num_epochs / report["pairs_per_s"]
     replayed = f", up to {1 + config.spin.replay} times that from iteration 1 on" if config.spin.replay else ""
-    training = f"{_duration(train)} of training{replayed}" if train else "training that did not get as far as one step"
+    training = f"{duration(train)} of training{replayed}" if train else "training that did not get as far as one step"
     lines += [
         "What does an iteration cost?",
-        f"  {num_prompts} prompts: {_duration(play)} of play beside {training}; the learner's peak is "
+        f"  {num_prompts} prompts: {duration(play)} of play beside {training}; the learner's peak is "
         f"{report['peak_memory_gib']:.1f} GiB a worker.",
-        f"(probed in {_duration(seconds)})",
+        f"(probed in {duration(seconds)})",
     ]
     return lines
 
@@ -310,7 +311,3 @@ def _safe(tries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _range(tries: Sequence[dict[str, Any]]) -> str:
     low, high = tries[0]["lr"], tries[-1]["lr"]
     return f"lr {low:.2g}" if low == high else f"lr from {low:.2g} to {high:.2g}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

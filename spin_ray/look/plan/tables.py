@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from spin_ray.data.progress import duration as said
+
 
 def table(rows: Sequence[Iterable[str]]) -> Iterator[str]:
     cells = [list(row) for row in rows]
@@ -13,7 +15,5 @@ def table(rows: Sequence[Iterable[str]]) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """Worked: 5400 -> 1.5 h."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    """Of work that may take less than ten seconds. Worked: 9000 -> 2.5 h."""
+    return f"{seconds:.1f} s" if seconds < 10 else said(seconds)
